@@ -1,0 +1,1 @@
+"""Proposers: one file per method. Registered as entry points in `pyproject.toml`."""

@@ -1,0 +1,1 @@
+"""Verifiers: one file per rule. Registered as entry points in `pyproject.toml`."""

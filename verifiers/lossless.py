@@ -1,0 +1,51 @@
+"""`lossless`: the target's law exactly, by the token rule or by block verification.
+
+Token rule (Leviathan et al. 2211.17192, Chen et al. 2302.01318): accept x with probability
+min(1, p(x)/q(x)); after the first rejection draw from norm([p - q]+); if all stand, draw a
+bonus token from p.
+
+Block verification (Sun et al. 2403.10444): the same law, never fewer accepted tokens in
+expectation; see `block_verification`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from vllm_spec_plugins.verifier import (
+    AcceptanceRule,
+    Guarantee,
+    Verification,
+    VerifierOptions,
+    VerifyInput,
+    token_acceptance,
+)
+
+from .block_verification import verify_block
+
+
+class LosslessOptions(VerifierOptions):
+    rule: Literal["token", "block"] = Field(
+        "token",
+        description="token: each draft token on its own. block: the draft as a whole, which "
+        "accepts as many tokens or more, for one pass over the vocabulary per draft token.",
+    )
+
+
+class Lossless(AcceptanceRule):
+    """Reproduces the target's law under every sampling option. The default of our proposers."""
+
+    Options = LosslessOptions
+    guarantee = Guarantee.LOSSLESS
+    options: LosslessOptions
+
+    def acceptance(self, batch: VerifyInput) -> Tensor:
+        return token_acceptance(batch)
+
+    def verify(self, batch: VerifyInput) -> Verification:
+        if self.options.rule == "block":
+            return verify_block(batch)
+        return super().verify(batch)

@@ -1,0 +1,49 @@
+"""What a plugin is told about the engine it runs in. Plain values, no vLLM objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Known before any weight is loaded; options are checked against it.
+
+    Attributes:
+        model: Name or path of the target model, as the user gave it.
+        vocab_size: Number of token ids the target's logits cover.
+        hidden_size: Width of the target's hidden states.
+        num_layers: Number of transformer layers of the target.
+        max_model_len: Longest sequence served, in tokens.
+        num_speculative_tokens: Most tokens drafted for one request in one step.
+        tensor_parallel_size: Ranks that share each layer.
+    """
+
+    model: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_model_len: int
+    num_speculative_tokens: int
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext:
+    """Given to the constructor of every proposer, verifier and length controller.
+
+    Attributes:
+        facts: The same facts the options were checked against.
+        device: Where the target runs; tensors handed to plugins live there.
+        max_num_requests: Most requests in one step.
+        seed: The engine's seed; equal on all ranks.
+    """
+
+    facts: ModelFacts
+    device: torch.device
+    max_num_requests: int
+    seed: int

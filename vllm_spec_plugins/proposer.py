@@ -1,0 +1,158 @@
+"""Proposers draft tokens. Subclass `Proposer`, register an entry point, serve.
+
+Shapes: R requests in the step, K the most tokens drafted for any of them,
+V the vocabulary, H the hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from .options import PluginOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from .context import EngineContext, ModelFacts
+    from .draft_probabilities import DraftProbabilities
+    from .length_control import LengthController
+
+
+class ProposerOptions(PluginOptions):
+    """Options of one proposer: the keys it accepts beside `method` and `num_speculative_tokens`."""
+
+
+class Needs(Flag):
+    """What a proposer must be given. Only what is named here is collected.
+
+    The token history always comes along.
+    """
+
+    HISTORY = 0
+    #: Final hidden state at the last verified position of each request, `[R, H]`.
+    HIDDEN_STATES = auto()
+    #: Key/value slots for `num_speculative_tokens` positions past the verified tokens,
+    #: in the target's own cache. Writing there without this corrupts other requests.
+    LOOKAHEAD_SLOTS = auto()
+    #: The `cache_salt` each request came with, so that state shared between
+    #: requests can be kept apart as vLLM keeps its prefix cache apart.
+    CACHE_SALT = auto()
+
+
+class TargetModel(Protocol):
+    """The loaded target, as handed to `Proposer.load`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The target itself."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInput:
+    """One drafting step, for the R requests that have just sampled a token.
+
+    Attributes:
+        request_ids: Names, stable over a request's life; the key for any state kept.
+        token_history: `[rows, max_model_len]` int32 on the host, a view of the engine's
+            own table. Row `rows[i]`, columns below `num_tokens[i]`, are request i's
+            prompt and verified output. Everything else in it is stale: do not read it.
+        rows: `[R]` int64, row of each request in `token_history`. Rows move between steps.
+        num_tokens: `[R]` int64, prompt plus verified output tokens.
+        num_prompt_tokens: `[R]` int64.
+        max_draft: `[R]` int64, most tokens this request may draft now; 0 means none. Already
+            the minimum of the configured, the requested, the length controller's and what
+            the model length and `max_tokens` leave room for.
+        temperatures: `[R]` float32 on the host, 0 = greedy.
+        streams: `[R]` int64 on the host, random stream of each request
+            (see `random_numbers`; use `Purpose.DRAFT`).
+        hidden_states: `[R, H]` on the device with `Needs.HIDDEN_STATES`, else None.
+        cache_salts: `[R]` with `Needs.CACHE_SALT`, else None. No salt is "".
+        length_control: Asked after each token by proposers that draft one by one.
+    """
+
+    request_ids: Sequence[str]
+    token_history: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
+    max_draft: NDArray[np.int64]
+    temperatures: NDArray[np.float32]
+    streams: NDArray[np.int64]
+    hidden_states: Tensor | None
+    cache_salts: Sequence[str] | None
+    length_control: LengthController
+
+    @property
+    def last_token_ids(self) -> NDArray[np.int32]:
+        """`[R]` the token each draft continues from."""
+        return self.token_history[self.rows, self.num_tokens - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a proposer returns.
+
+    Attributes:
+        token_ids: `[R, K]` integers, numpy on the host or a tensor. -1 = none. A row's
+            tokens come first and its -1s last; at most `max_draft[i]` tokens. Never
+            pad with a guess: every token costs verification.
+        probabilities: The law each token was drawn from, `values` `[R, K, M]`. None means
+            the draft was a choice, not a draw (one-hot): exact whatever chose it.
+        sources: Names of who may have drafted, for proposers that combine several.
+        source_of: `[R, K]` int8, index into `sources`. None: the proposer itself.
+    """
+
+    token_ids: NDArray[np.integer] | Tensor
+    probabilities: DraftProbabilities | None = None
+    sources: tuple[str, ...] = ()
+    source_of: NDArray[np.int8] | None = None
+
+
+class Proposer(ABC):
+    """Drafts tokens for every request of a step.
+
+    The life of one: `check` in the front end, before anything loads; the constructor in each
+    worker; `load` when the target's weights are there; `warm_up` before the first request;
+    then `propose` and `finish` as requests come and go.
+    """
+
+    Options: ClassVar[type[ProposerOptions]] = ProposerOptions
+    needs: ClassVar[Needs] = Needs.HISTORY
+
+    def __init__(self, options: ProposerOptions, context: EngineContext) -> None:
+        self.options = options
+        self.context = context
+
+    @classmethod
+    def check(cls, options: ProposerOptions, facts: ModelFacts) -> None:
+        """Refuse what the options' types cannot: layers that do not exist, missing files.
+
+        Raises:
+            SpecPluginsError: With one message that says what to do.
+        """
+
+    @classmethod
+    def needs_for(cls, options: ProposerOptions) -> Needs:
+        """What this proposer needs with these options; `needs` unless overridden."""
+        del options
+        return cls.needs
+
+    def load(self, target: TargetModel) -> None:
+        """Take references to the target, load own weights. No cache exists yet."""
+
+    def warm_up(self) -> None:
+        """Compile and touch everything the first real step would otherwise wait for."""
+
+    @abstractmethod
+    def propose(self, batch: DraftInput) -> Draft:
+        """Draft for every request with `max_draft > 0`."""
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that finished, were aborted or preempted. A preempted one may return."""

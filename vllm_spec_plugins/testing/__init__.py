@@ -1,0 +1,1 @@
+"""The losslessness kit, for our tests and for third parties' own."""

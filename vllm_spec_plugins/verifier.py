@@ -1,0 +1,357 @@
+"""Verifiers decide what is accepted and draw the token after it.
+
+Shapes: R requests, K most draft tokens of any of them, N all draft tokens of the
+step laid end to end, V vocabulary, H hidden size. p is the target's law at a
+position, after every sampling constraint; q the law the draft token was drawn from.
+
+Nearly every verifier is one acceptance probability per draft token: subclass
+`AcceptanceRule`. Rules that look at the whole block subclass `Verifier`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .options import PluginOptions
+from .random_numbers import Purpose, uniforms
+
+if TYPE_CHECKING:
+    from .context import EngineContext, ModelFacts
+    from .draft_probabilities import DraftProbabilities
+
+
+class Guarantee(Enum):
+    """What a verifier promises about the law of the text. Tests hold it to that."""
+
+    LOSSLESS = "lossless"
+    BOUNDED = "bounded"
+    HEURISTIC = "heuristic"
+
+    @property
+    def meaning(self) -> str:
+        return {
+            Guarantee.LOSSLESS: "reproduces the target's law exactly",
+            Guarantee.BOUNDED: "its distance to the target's law is bounded and measured",
+            Guarantee.HEURISTIC: "its distance to the target's law is measured, not bounded",
+        }[self]
+
+
+class VerifierOptions(PluginOptions):
+    """Options of one verifier: the keys it accepts beside `name`."""
+
+
+@dataclass(frozen=True)
+class VerifyInput:
+    """One verification step.
+
+    Attributes:
+        request_ids: `[R]`.
+        target_logits: `[N, V]` float, row j is the target's law *of* draft token j. Penalties,
+            bad words, grammar, temperature, top-k and top-p are already in it.
+            Greedy requests have temperature 1 here.
+        bonus_logits: `[R, V]` the same after the last draft token of each request.
+        draft_token_ids: `[N]` int64; -1 is a placeholder and is never accepted.
+        num_draft: `[R]` int64, draft tokens of each request; 0 is normal. Sums to N.
+        draft_probabilities: Over `[N]` rows, or None when every draft is deterministic.
+        temperatures: `[R]` float, 0 = greedy.
+        streams: `[R]` int64 random stream of each request.
+        positions: `[R]` int64 sequence position of the first draft token.
+        hidden_states: `[N, H]` final hidden state *at* each draft token, if asked for.
+    """
+
+    request_ids: Sequence[str]
+    target_logits: Tensor
+    bonus_logits: Tensor
+    draft_token_ids: Tensor
+    num_draft: Tensor
+    draft_probabilities: DraftProbabilities | None
+    temperatures: Tensor
+    streams: Tensor
+    positions: Tensor
+    hidden_states: Tensor | None = None
+    # Known on the host, so that no device has to be asked:
+    #: Most draft tokens of any request (K).
+    max_num_draft: int = field(kw_only=True)
+    #: Whether every / any request is greedy.
+    all_greedy: bool = field(kw_only=True)
+    any_greedy: bool = field(kw_only=True)
+
+    @cached_property
+    def greedy(self) -> Tensor:
+        """`[R]` bool."""
+        return self.temperatures == 0
+
+    @cached_property
+    def first(self) -> Tensor:
+        """`[R]` int64, index of each request's first draft token in the N."""
+        return self.num_draft.cumsum(0) - self.num_draft
+
+    @cached_property
+    def request_of(self) -> Tensor:
+        """`[N]` int64, which request each draft token belongs to."""
+        requests = torch.arange(len(self.num_draft), device=self.num_draft.device)
+        return requests.repeat_interleave(self.num_draft, output_size=len(self.draft_token_ids))
+
+    @cached_property
+    def index_in_draft(self) -> Tensor:
+        """`[N]` int64, 0 for a request's first draft token."""
+        here = torch.arange(len(self.draft_token_ids), device=self.num_draft.device)
+        return here - self.first[self.request_of]
+
+    @cached_property
+    def target_log_normaliser(self) -> Tensor:
+        """`[N]` log sum exp of the target's logits."""
+        return torch.logsumexp(self.target_logits, dim=-1)
+
+    @cached_property
+    def draft_token_probability(self) -> Tensor:
+        """`[N]` p(x), the target's probability of each draft token; 0 for placeholders."""
+        ids = self.draft_token_ids.clamp(min=0)
+        logits = self.target_logits.gather(1, ids.unsqueeze(1)).squeeze(1)
+        p = (logits - self.target_log_normaliser).exp()
+        return torch.where(self.draft_token_ids >= 0, p, torch.zeros_like(p))
+
+    @cached_property
+    def draft_law_of_token(self) -> Tensor:
+        """`[N]` q(x), the draft's probability of each draft token; 1 where deterministic."""
+        if self.draft_probabilities is None:
+            return torch.ones_like(self.draft_token_probability)
+        return self.draft_probabilities.of(self.draft_token_ids)
+
+    def uniforms(self, purpose: Purpose) -> Tensor:
+        """Random numbers in (0, 1): `[N]` for ACCEPT, `[R]` for RESAMPLE."""
+        if purpose is Purpose.ACCEPT:
+            owner = self.request_of
+            return uniforms(
+                self.streams[owner], self.positions[owner], self.index_in_draft, purpose
+            )
+        return uniforms(self.streams, self.positions, 0, purpose)
+
+    def select(self, requests: Tensor) -> VerifyInput:
+        """The same step for some requests only: `[R']` int64 indices, ascending."""
+        chosen = torch.zeros_like(self.num_draft, dtype=torch.bool)
+        chosen[requests] = True
+        tokens = chosen[self.request_of].nonzero().squeeze(1)
+        q = self.draft_probabilities
+        return VerifyInput(
+            [self.request_ids[i] for i in requests.tolist()],
+            self.target_logits[tokens],
+            self.bonus_logits[requests],
+            self.draft_token_ids[tokens],
+            self.num_draft[requests],
+            None if q is None else q.take(tokens),
+            self.temperatures[requests],
+            self.streams[requests],
+            self.positions[requests],
+            None if self.hidden_states is None else self.hidden_states[tokens],
+            max_num_draft=self.max_num_draft,
+            all_greedy=self.all_greedy,
+            any_greedy=self.any_greedy,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a verifier returns.
+
+    Attributes:
+        token_ids: `[R, K+1]` int64: the accepted draft tokens, the token drawn after them, -1s.
+        accepted: `[R]` int64, how many draft tokens were accepted.
+        extra_acceptance: `[N]` float, acceptance probability above min(1, p/q): the price paid
+            in total variation at that position (0 where the chain had already ended).
+            None for lossless verifiers.
+    """
+
+    token_ids: Tensor
+    accepted: Tensor
+    extra_acceptance: Tensor | None = None
+
+
+class Verifier(ABC):
+    """Decides which draft tokens stand and draws the token after them."""
+
+    Options: ClassVar[type[VerifierOptions]] = VerifierOptions
+    guarantee: ClassVar[Guarantee]
+    #: Whether `VerifyInput.hidden_states` must be filled.
+    needs_hidden_states: ClassVar[bool] = False
+
+    def __init__(self, options: VerifierOptions, context: EngineContext) -> None:
+        self.options = options
+        self.context = context
+
+    @classmethod
+    def check(cls, options: VerifierOptions, facts: ModelFacts) -> None:
+        """Refuse what the options' types cannot. Raises `SpecPluginsError`."""
+
+    @abstractmethod
+    def verify(self, batch: VerifyInput) -> Verification:
+        """Verify one step."""
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that are gone."""
+
+
+class AcceptanceRule(Verifier):
+    """A verifier that is one acceptance probability per draft token.
+
+    The base class walks the chain to the first rejection, draws the token after it and
+    appends the bonus token. With f the acceptance probability, the token after a rejection
+    comes from norm([p - q f]+), the best residual for that f (Cool-SD); where
+    f >= min(1, p/q) everywhere this is the ordinary norm([p - q]+), and the extra acceptance
+    is then exactly the total-variation distance to the target's law.
+    """
+
+    @abstractmethod
+    def acceptance(self, batch: VerifyInput) -> Tensor:
+        """`[N]` probability, in [0, 1], that each draft token is accepted."""
+
+    def acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor | None:
+        """`[M, V]` f(y) for every token y at some of the N rows.
+
+        Only for rules that may accept *less* than min(1, p/q): the residual needs it.
+        None (the default) says the rule never does.
+        """
+        del batch, rows
+
+    def greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` bool for rows of greedy requests: exact matching unless overridden."""
+        return batch.target_logits[rows].argmax(dim=-1) == batch.draft_token_ids[rows]
+
+    def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M, V]` unnormalised law of the token drawn after a rejection at some of the N rows."""
+        vocab_size = batch.target_logits.shape[1]
+        p = torch.softmax(batch.target_logits[rows], dim=-1)
+        ids = batch.draft_token_ids[rows]
+        f = self.acceptance_over_vocabulary(batch, rows)
+        if batch.draft_probabilities is None:
+            drawn = ids.clamp(min=0).unsqueeze(1)
+            # q f is f(x) at the draft token and nothing elsewhere.
+            accepted = p.gather(1, drawn) if f is None else f.gather(1, drawn)
+            accepted = torch.where(ids.unsqueeze(1) >= 0, accepted, torch.zeros_like(accepted))
+            left = p.scatter_add(1, drawn, -accepted).clamp_(min=0)
+        else:
+            q = batch.draft_probabilities.dense(rows, ids, vocab_size).to(p.dtype)
+            left = (p - (q if f is None else q * f)).clamp_(min=0)
+        # p == q up to rounding leaves nothing: the token then follows p itself.
+        empty = left.sum(dim=-1, keepdim=True) <= 0
+        return torch.where(empty, p, left)
+
+    def verify(self, batch: VerifyInput) -> Verification:
+        accept = self.acceptance(batch)
+        stands = batch.uniforms(Purpose.ACCEPT) < accept
+        if batch.any_greedy:
+            rows = batch.greedy[batch.request_of].nonzero().squeeze(1)
+            stands[rows] = self.greedy_acceptance(batch, rows)
+        stands &= batch.draft_token_ids >= 0
+        accepted = leading_run(batch, stands)
+        extra = None
+        if self.guarantee is not Guarantee.LOSSLESS:
+            extra = self._extra_acceptance(batch, accept, accepted)
+        return assemble(batch, accepted, draw_next(batch, accepted, self.residual), extra)
+
+    def _extra_acceptance(self, batch: VerifyInput, accept: Tensor, accepted: Tensor) -> Tensor:
+        """`[N]` what was accepted beyond the exact rule, at the positions that were looked at."""
+        exact = token_acceptance(batch)
+        if batch.any_greedy:
+            rows = batch.greedy[batch.request_of].nonzero().squeeze(1)
+            matches = batch.target_logits[rows].argmax(dim=-1) == batch.draft_token_ids[rows]
+            exact[rows] = matches.to(exact.dtype)
+            accept = accept.clone()
+            accept[rows] = self.greedy_acceptance(batch, rows).to(accept.dtype)
+        looked_at = batch.index_in_draft <= accepted[batch.request_of]
+        return torch.where(looked_at, (accept - exact).clamp(min=0), torch.zeros_like(exact))
+
+
+def token_acceptance(batch: VerifyInput) -> Tensor:
+    """`[N]` min(1, p(x)/q(x)): Leviathan et al. 2211.17192, Chen et al. 2302.01318."""
+    p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
+    # A placeholder has p = q = 0 and is never accepted.
+    return torch.where(p < q, p / q, (p > 0).to(p.dtype))
+
+
+def leading_run(batch: VerifyInput, stands: Tensor) -> Tensor:
+    """`[R]` how many draft tokens stand before the first that does not. `stands`: `[N]` bool."""
+    table = stands.new_zeros(len(batch.num_draft), batch.max_num_draft + 1)
+    table[batch.request_of, batch.index_in_draft] = stands
+    return table.long().cumprod(dim=1).sum(dim=1)
+
+
+def draw_next(
+    batch: VerifyInput,
+    accepted: Tensor,
+    residual: Callable[[VerifyInput, Tensor], Tensor],
+) -> Tensor:
+    """The token after the accepted ones: from the residual after a rejection, else the bonus.
+
+    Only one row per request is ever made full width.
+
+    Args:
+        batch: The step.
+        accepted: `[R]` draft tokens that stand.
+        residual: Gives `[M, V]` weights for M rows of the N.
+
+    Returns:
+        `[R]` int64.
+    """
+    drawn = torch.empty_like(accepted)
+    u = batch.uniforms(Purpose.RESAMPLE)
+    rejected = accepted < batch.num_draft
+    for requests, after_rejection in (
+        (rejected.nonzero().squeeze(1), True),
+        ((~rejected).nonzero().squeeze(1), False),
+    ):
+        if not len(requests):
+            continue
+        rows = (batch.first + accepted)[requests]
+        if batch.all_greedy:
+            logits = batch.target_logits[rows] if after_rejection else batch.bonus_logits[requests]
+            drawn[requests] = logits.argmax(dim=-1)
+            continue
+        if after_rejection:
+            weights = residual(batch, rows)
+        else:
+            weights = torch.softmax(batch.bonus_logits[requests], dim=-1)
+        tokens = sample_weights(weights, u[requests])
+        if batch.any_greedy:
+            logits = batch.target_logits[rows] if after_rejection else batch.bonus_logits[requests]
+            tokens = torch.where(batch.greedy[requests], logits.argmax(dim=-1), tokens)
+        drawn[requests] = tokens
+    return drawn
+
+
+def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
+    """Inverse transform sampling: one uniform per row, no noise per token.
+
+    Args:
+        weights: `[M, V]` non-negative, not normalised, each row with a positive sum.
+        u: `[M]` float64 in (0, 1).
+
+    Returns:
+        `[M]` int64; a token of weight zero is never returned.
+    """
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    # Rounding may lift u * total up to total, past every token.
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+    return tokens.clamp(max=weights.shape[1] - 1)
+
+
+def assemble(
+    batch: VerifyInput, accepted: Tensor, drawn: Tensor, extra_acceptance: Tensor | None = None
+) -> Verification:
+    """Accepted draft tokens, the drawn token, then -1s: `[R, K+1]`."""
+    table = batch.draft_token_ids.new_full((len(accepted), batch.max_num_draft + 1), -1)
+    table[batch.request_of, batch.index_in_draft] = batch.draft_token_ids
+    column = torch.arange(table.shape[1], device=table.device)
+    table = torch.where(column < accepted.unsqueeze(1), table, table.new_full((), -1))
+    table.scatter_(1, accepted.unsqueeze(1), drawn.unsqueeze(1))
+    return Verification(table, accepted, extra_acceptance)

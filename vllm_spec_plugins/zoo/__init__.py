@@ -1,0 +1,1 @@
+"""Small real models, trained on this machine: for the demo, the tests and the benchmarks."""
