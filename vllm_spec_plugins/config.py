@@ -1,0 +1,263 @@
+"""What may stand in `--speculative-config`, and every error message about it.
+
+`split` takes the dictionary apart: what is vLLM's goes back to vLLM, what is ours becomes
+`PluginSettings`, checked down to the last option of the last plugin before any model loads.
+Knows no vLLM: the caller says which methods and fields the installed one has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .context import ModelFacts
+from .errors import ConfigError, did_you_mean, listed
+from .options import PluginOptions
+from .registry import Kind, Registry, installed
+from .request_options import problems
+
+#: Keys of `--speculative-config` that are ours, beside a plugin's own options.
+OUR_KEYS = frozenset({"verifier", "verifiers_allowed", "length_control"})
+#: Keys of vLLM's that mean something beside a proposer of ours.
+SHARED_KEYS = frozenset({"method", "num_speculative_tokens"})
+#: The default verifier of our proposers, and what any request may fall back to.
+LOSSLESS = "lossless"
+
+
+class Choice(BaseModel):
+    """One plugin by name, with its options as they were given (validated, JSON-able)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def build(self, kind: Kind, registry: Registry) -> tuple[type[Any], Any]:
+        """The plugin's class and its options object."""
+        plugin = registry.load(kind, self.name)
+        return plugin, read_options(kind, self.name, plugin.Options, self.options)
+
+
+class PluginSettings(BaseModel):
+    """Everything of ours, as it travels from the front end to the workers.
+
+    Attributes:
+        proposer: None when vLLM's own method drafts.
+        length_control: Of our proposer.
+        verifier: None when vLLM's own verification runs.
+        verifiers_allowed: What requests may choose, by name, the configured one included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    proposer: Choice | None = None
+    length_control: Choice = Choice(name="fixed")
+    verifier: Choice | None = None
+    verifiers_allowed: dict[str, Choice] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineVocabulary:
+    """What the installed vLLM calls its own.
+
+    Attributes:
+        methods: Its speculative methods.
+        fields: The keys its `SpeculativeConfig` takes.
+    """
+
+    methods: Collection[str]
+    fields: Collection[str]
+
+
+def concerns_us(raw: Mapping[str, Any], engine: EngineVocabulary, registry: Registry) -> bool:
+    """Whether a speculative config asks for anything of ours, or for something nobody has."""
+    method = raw.get("method")
+    return (
+        bool(OUR_KEYS & raw.keys())
+        or (isinstance(method, str) and method not in engine.methods)
+        or (method in registry.names(Kind.PROPOSER))
+    )
+
+
+def split(
+    raw: Mapping[str, Any],
+    engine: EngineVocabulary,
+    facts_for: Any,
+    registry: Registry | None = None,
+) -> tuple[dict[str, Any], PluginSettings]:
+    """Take a speculative config apart.
+
+    Args:
+        raw: What the user wrote, keys with underscores.
+        engine: vLLM's own names.
+        facts_for: `num_speculative_tokens -> ModelFacts`, called once options are well formed.
+        registry: Where to look plugins up; the installed ones by default.
+
+    Returns:
+        vLLM's share of the keys (with our method still in `method`), and ours.
+
+    Raises:
+        SpecPluginsError: One message for the first thing that is wrong.
+    """
+    registry = registry or installed()
+    rest = dict(raw)
+    method = rest.get("method")
+    verifier = rest.pop("verifier", None)
+    allowed = rest.pop("verifiers_allowed", None)
+    length_control = rest.pop("length_control", None)
+
+    # Without a method vLLM infers one of its own from the draft model's name.
+    if method in engine.methods or (method is None and "model" in rest):
+        if length_control is not None:
+            raise ConfigError(
+                f'"length_control" works with proposers from plugins; "{method}" is vLLM\'s own '
+                "and drafts num_speculative_tokens every time. Remove it, or choose a method "
+                f"from: {listed(registry.names(Kind.PROPOSER))}."
+            )
+        proposer = None
+    else:
+        proposer, rest = _proposer(method, rest, engine, registry)
+        verifier = verifier if verifier is not None else LOSSLESS
+
+    settings = PluginSettings(
+        proposer=proposer,
+        length_control=_choice(Kind.LENGTH_CONTROLLER, length_control or "fixed", registry),
+        verifier=None if verifier is None else _choice(Kind.VERIFIER, verifier, registry),
+        verifiers_allowed=_allowed(verifier, allowed, registry),
+    )
+    if settings.verifier and rest.get("rejection_sample_method") not in (None, "standard"):
+        raise ConfigError(
+            f'"rejection_sample_method": "{rest["rejection_sample_method"]}" is vLLM\'s own '
+            f'verification and would be ignored beside "verifier": "{settings.verifier.name}". '
+            'Remove one of them (block verification is {"name": "lossless", "rule": "block"}).'
+        )
+    _check(settings, facts_for, rest, registry)
+    return rest, settings
+
+
+def _proposer(
+    method: Any, rest: dict[str, Any], engine: EngineVocabulary, registry: Registry
+) -> tuple[Choice, dict[str, Any]]:
+    """A proposer of ours from its keys, and vLLM's share of them."""
+    ours = registry.names(Kind.PROPOSER)
+    if not isinstance(method, str):
+        raise ConfigError(
+            f'"method" must be given beside "verifier" and "length_control". Ours: {listed(ours)}. '
+            f"vLLM's own: {listed(engine.methods)}."
+        )
+    if method not in {entry.name for entry in registry.entries(Kind.PROPOSER)}:
+        raise ConfigError(
+            f'Unknown speculative method "{method}".'
+            f"{did_you_mean(method, {*ours, *engine.methods})} "
+            f"From plugins: {listed(ours)}. vLLM's own: {listed(engine.methods)}."
+        )
+    options_type = registry.load(Kind.PROPOSER, method).Options
+    shared = {key: rest[key] for key in rest if key in SHARED_KEYS}
+    options = {key: rest[key] for key in rest if key not in SHARED_KEYS}
+    if ignored := sorted(
+        k for k in options if k in engine.fields and k not in options_type.model_fields
+    ):
+        raise ConfigError(
+            f'"{ignored[0]}" is an option of vLLM\'s own methods and would be ignored by '
+            f'"{method}". Remove it. Options of "{method}": {listed(options_type.model_fields)}; '
+            f"beside {listed(SHARED_KEYS | OUR_KEYS)}."
+        )
+    tokens = shared.get("num_speculative_tokens")
+    if tokens is None:
+        raise ConfigError(
+            f'"num_speculative_tokens" is missing: "{method}" needs the most tokens it may draft '
+            'per step, for example {"method": "%s", "num_speculative_tokens": 5}.' % method
+        )
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= 128:
+        raise ConfigError(
+            f'"num_speculative_tokens" must be a whole number from 1 to 128, got {tokens!r}.'
+        )
+    parsed = read_options(
+        Kind.PROPOSER, method, options_type, options, beside=SHARED_KEYS | OUR_KEYS
+    )
+    return Choice(name=method, options=parsed.model_dump(mode="json", exclude_unset=True)), shared
+
+
+def _choice(kind: Kind, value: Any, registry: Registry) -> Choice:
+    """`"name"` or `{"name": ..., options}`."""
+    key = "verifier" if kind is Kind.VERIFIER else "length_control"
+    if isinstance(value, str):
+        name, options = value, {}
+    elif isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        name, options = value["name"], {k: v for k, v in value.items() if k != "name"}
+    else:
+        raise ConfigError(
+            f'"{key}" must be a name or {{"name": ..., options}}, got {value!r}. '
+            f"Installed: {listed(registry.names(kind))}."
+        )
+    options_type = registry.load(kind, name).Options
+    parsed = read_options(kind, name, options_type, options)
+    return Choice(name=name, options=parsed.model_dump(mode="json", exclude_unset=True))
+
+
+def _allowed(verifier: Any, allowed: Any, registry: Registry) -> dict[str, Choice]:
+    """What a request may choose: by default the configured verifier and `lossless`."""
+    if verifier is None:
+        if allowed is not None:
+            raise ConfigError(
+                '"verifiers_allowed" needs "verifier": without it vLLM\'s own verification runs '
+                f'and no request can choose. Add "verifier": "{LOSSLESS}".'
+            )
+        return {}
+    configured = _choice(Kind.VERIFIER, verifier, registry)
+    if allowed is None:
+        allowed = [LOSSLESS]
+    if not isinstance(allowed, (list, tuple)):
+        raise ConfigError(
+            f'"verifiers_allowed" must be a list of names or {{"name": ..., options}}, '
+            f"got {allowed!r}."
+        )
+    choices: dict[str, Choice] = {}
+    for value in allowed:
+        choice = _choice(Kind.VERIFIER, value, registry)
+        if choice.name in choices:
+            raise ConfigError(f'"verifiers_allowed" names "{choice.name}" twice.')
+        choices[choice.name] = choice
+    return {**choices, configured.name: configured}
+
+
+def read_options(
+    kind: Kind,
+    name: str,
+    options_type: type[PluginOptions],
+    options: Mapping[str, Any],
+    beside: Collection[str] = (),
+) -> Any:
+    """Options validated by pydantic, or one error in words."""
+    try:
+        # They came as JSON: strict JSON validation takes a list for a tuple, a string for a path.
+        return options_type.model_validate_json(json.dumps(dict(options)))
+    except TypeError as error:
+        raise ConfigError(
+            f'The {kind.noun} "{name}": options must be JSON values: {error}.'
+        ) from None
+    except ValidationError as error:
+        also = f" Beside them: {listed(beside)}." if beside else ""
+        raise ConfigError(
+            f'The {kind.noun} "{name}": {problems(error, options_type)}{also}'
+        ) from None
+
+
+def _check(
+    settings: PluginSettings, facts_for: Any, rest: dict[str, Any], registry: Registry
+) -> None:
+    """Let every plugin refuse what its option types could not."""
+    facts: ModelFacts = facts_for(rest.get("num_speculative_tokens"))
+    chosen = [
+        (Kind.PROPOSER, settings.proposer),
+        (Kind.LENGTH_CONTROLLER, settings.length_control),
+        *((Kind.VERIFIER, choice) for choice in settings.verifiers_allowed.values()),
+    ]
+    for kind, choice in chosen:
+        if choice is not None:
+            plugin, options = choice.build(kind, registry)
+            plugin.check(options, facts)
