@@ -24,7 +24,7 @@ from vllm_spec_plugins.verifier import (
     token_acceptance,
 )
 
-from .block_verification import verify_block
+from .block_verification import block_accepted_law, block_residual, capped_ratio, verify_block
 
 
 class LosslessOptions(VerifierOptions):
@@ -49,3 +49,13 @@ class Lossless(AcceptanceRule):
         if self.options.rule == "block":
             return verify_block(batch)
         return super().verify(batch)
+
+    def accepted_law(self, batch: VerifyInput) -> Tensor:
+        if self.options.rule == "block":
+            return block_accepted_law(batch)
+        return super().accepted_law(batch)
+
+    def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        if self.options.rule == "block":
+            return block_residual(batch, rows, capped_ratio(batch))
+        return super().residual(batch, rows)

@@ -52,11 +52,12 @@ class DraftProbabilities:
 
         Args:
             rows: `[M']` int64, rows of a two-dimensional `values`.
-            token_ids: `[M']` int64, draft tokens of those rows.
+            token_ids: `[M']` int64, draft tokens of those rows; -1 is a placeholder.
             vocab_size: V.
 
         Returns:
-            `[M', V]`; deterministic rows are one-hot, ids outside the vocabulary have 0.
+            `[M', V]`; deterministic rows are one-hot, ids outside the vocabulary have 0,
+            rows of placeholders are all 0: nothing was drawn there.
         """
         q = self.values[rows]
         if self.vocabulary is not None:
@@ -66,7 +67,7 @@ class DraftProbabilities:
         if self.sampled is not None:
             one_hot = torch.zeros_like(q).scatter_(1, token_ids.clamp(min=0).unsqueeze(1), 1.0)
             q = torch.where(self.sampled[rows].unsqueeze(1), q, one_hot)
-        return q
+        return q.masked_fill_((token_ids < 0).unsqueeze(1), 0)
 
     def take(self, rows: Tensor) -> DraftProbabilities:
         """The same law for some rows of the first dimension."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .options import PluginOptions
 from .random_numbers import Purpose, uniforms
+from .vocabulary_passes import first_argmax, log_normaliser
 
 if TYPE_CHECKING:
     from .context import EngineContext, ModelFacts
@@ -109,7 +110,21 @@ class VerifyInput:
     @cached_property
     def target_log_normaliser(self) -> Tensor:
         """`[N]` log sum exp of the target's logits."""
-        return torch.logsumexp(self.target_logits, dim=-1)
+        return log_normaliser(self.target_logits)
+
+    @cached_property
+    def greedy_rows(self) -> Tensor:
+        """Indices, among the N, of the draft tokens of greedy requests."""
+        return self.greedy[self.request_of].nonzero().squeeze(1)
+
+    @cached_property
+    def greedy_token_ids(self) -> Tensor:
+        """`[N]` int64, the target's most likely token; -1 in rows of sampled requests."""
+        if self.all_greedy:
+            return first_argmax(self.target_logits)
+        token_ids = torch.full_like(self.draft_token_ids, -1)
+        token_ids[self.greedy_rows] = first_argmax(self.target_logits[self.greedy_rows])
+        return token_ids
 
     @cached_property
     def draft_token_probability(self) -> Tensor:
@@ -142,7 +157,7 @@ class VerifyInput:
         tokens = chosen[self.request_of].nonzero().squeeze(1)
         q = self.draft_probabilities
         return VerifyInput(
-            [self.request_ids[i] for i in requests.tolist()],
+            [self.request_ids[int(i)] for i in requests],
             self.target_logits[tokens],
             self.bonus_logits[requests],
             self.draft_token_ids[tokens],
@@ -223,51 +238,44 @@ class AcceptanceRule(Verifier):
 
     def greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M]` bool for rows of greedy requests: exact matching unless overridden."""
-        return batch.target_logits[rows].argmax(dim=-1) == batch.draft_token_ids[rows]
+        return batch.greedy_token_ids[rows] == batch.draft_token_ids[rows]
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M, V]` unnormalised law of the token drawn after a rejection at some of the N rows."""
-        vocab_size = batch.target_logits.shape[1]
-        p = torch.softmax(batch.target_logits[rows], dim=-1)
-        ids = batch.draft_token_ids[rows]
-        f = self.acceptance_over_vocabulary(batch, rows)
-        if batch.draft_probabilities is None:
-            drawn = ids.clamp(min=0).unsqueeze(1)
-            # q f is f(x) at the draft token and nothing elsewhere.
-            accepted = p.gather(1, drawn) if f is None else f.gather(1, drawn)
-            accepted = torch.where(ids.unsqueeze(1) >= 0, accepted, torch.zeros_like(accepted))
-            left = p.scatter_add(1, drawn, -accepted).clamp_(min=0)
-        else:
-            q = batch.draft_probabilities.dense(rows, ids, vocab_size).to(p.dtype)
-            left = (p - (q if f is None else q * f)).clamp_(min=0)
-        # p == q up to rounding leaves nothing: the token then follows p itself.
-        empty = left.sum(dim=-1, keepdim=True) <= 0
-        return torch.where(empty, p, left)
+        return residual_weights(batch, rows, f=self.acceptance_over_vocabulary(batch, rows))
+
+    def accepted_law(self, batch: VerifyInput) -> Tensor:
+        """`[R, K+1]` probability that exactly that many draft tokens are accepted.
+
+        What `verify` draws from, without drawing: with `residual` it gives the exact law of
+        the output (`vllm_spec_plugins.testing`).
+        """
+        accept = self._decided_acceptance(batch)
+        table = accept.new_zeros(len(batch.num_draft), batch.max_num_draft + 1)
+        table[batch.request_of, batch.index_in_draft] = accept
+        reached = torch.cat([torch.ones_like(table[:, :1]), table[:, :-1].cumprod(dim=1)], dim=1)
+        return reached * (1 - table)
 
     def verify(self, batch: VerifyInput) -> Verification:
-        accept = self.acceptance(batch)
-        stands = batch.uniforms(Purpose.ACCEPT) < accept
-        if batch.any_greedy:
-            rows = batch.greedy[batch.request_of].nonzero().squeeze(1)
-            stands[rows] = self.greedy_acceptance(batch, rows)
-        stands &= batch.draft_token_ids >= 0
+        accept = self._decided_acceptance(batch)
+        stands = accept > 0 if batch.all_greedy else batch.uniforms(Purpose.ACCEPT) < accept
         accepted = leading_run(batch, stands)
         extra = None
         if self.guarantee is not Guarantee.LOSSLESS:
-            extra = self._extra_acceptance(batch, accept, accepted)
+            extra = _extra_acceptance(batch, accept, accepted)
         return assemble(batch, accepted, draw_next(batch, accepted, self.residual), extra)
 
-    def _extra_acceptance(self, batch: VerifyInput, accept: Tensor, accepted: Tensor) -> Tensor:
-        """`[N]` what was accepted beyond the exact rule, at the positions that were looked at."""
-        exact = token_acceptance(batch)
-        if batch.any_greedy:
-            rows = batch.greedy[batch.request_of].nonzero().squeeze(1)
-            matches = batch.target_logits[rows].argmax(dim=-1) == batch.draft_token_ids[rows]
-            exact[rows] = matches.to(exact.dtype)
-            accept = accept.clone()
-            accept[rows] = self.greedy_acceptance(batch, rows).to(accept.dtype)
-        looked_at = batch.index_in_draft <= accepted[batch.request_of]
-        return torch.where(looked_at, (accept - exact).clamp(min=0), torch.zeros_like(exact))
+    def _decided_acceptance(self, batch: VerifyInput) -> Tensor:
+        """`[N]` acceptance of every row: 0 or 1 for greedy requests, 0 for placeholders."""
+        if batch.all_greedy:
+            accept = self.greedy_acceptance(batch, batch.greedy_rows).to(batch.target_logits.dtype)
+        else:
+            accept = self.acceptance(batch)
+            if batch.any_greedy:
+                rows = batch.greedy_rows
+                matches = self.greedy_acceptance(batch, rows).to(accept.dtype)
+                accept = accept.index_copy(0, rows, matches)
+        return torch.where(batch.draft_token_ids >= 0, accept, torch.zeros_like(accept))
 
 
 def token_acceptance(batch: VerifyInput) -> Tensor:
@@ -275,6 +283,67 @@ def token_acceptance(batch: VerifyInput) -> Tensor:
     p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
     # A placeholder has p = q = 0 and is never accepted.
     return torch.where(p < q, p / q, (p > 0).to(p.dtype))
+
+
+def _extra_acceptance(batch: VerifyInput, accept: Tensor, accepted: Tensor) -> Tensor:
+    """`[N]` what was accepted beyond the exact rule, at the positions that were looked at."""
+    if batch.all_greedy:
+        exact = greedy_matches(batch).to(accept.dtype)
+    else:
+        exact = token_acceptance(batch)
+        if batch.any_greedy:
+            matches = greedy_matches(batch).to(exact.dtype)
+            exact = torch.where(batch.greedy[batch.request_of], matches, exact)
+    looked_at = batch.index_in_draft <= accepted[batch.request_of]
+    return torch.where(looked_at, (accept - exact).clamp(min=0), torch.zeros_like(exact))
+
+
+def greedy_matches(batch: VerifyInput) -> Tensor:
+    """`[N]` bool, draft tokens that are the target's most likely; False for sampled requests."""
+    return (batch.greedy_token_ids == batch.draft_token_ids) & (batch.draft_token_ids >= 0)
+
+
+def unclaimed(
+    batch: VerifyInput, rows: Tensor, scale: Tensor | None = None, f: Tensor | None = None
+) -> Tensor:
+    """What the target's law leaves after the draft's accepted share: [scale p - q f]+.
+
+    Args:
+        batch: The step.
+        rows: `[M]` int64, some of the N rows. A placeholder has q = 0.
+        scale: `[M]` factor on p; None = 1.
+        f: `[M, V]` acceptance of every token; None where it is at least min(1, p/q), in which
+            case q itself gives the same.
+
+    Returns:
+        `[M, V]`; all 0 where p and q are equal.
+    """
+    left = torch.softmax(batch.target_logits[rows], dim=-1)
+    if scale is not None:
+        left *= scale.unsqueeze(1)
+    ids = batch.draft_token_ids[rows].unsqueeze(1)
+    if batch.draft_probabilities is None:
+        column = ids.clamp(min=0)
+        # q f is f(x) at the draft token and nothing elsewhere.
+        share = left.gather(1, column) if f is None else f.gather(1, column)
+        left.scatter_add_(1, column, torch.where(ids >= 0, -share, 0))
+    else:
+        q = batch.draft_probabilities.dense(rows, ids.squeeze(1), left.shape[1]).to(left.dtype)
+        left -= q if f is None else q * f
+    return left.clamp_(min=0)
+
+
+def residual_weights(
+    batch: VerifyInput, rows: Tensor, *, scale: Tensor | None = None, f: Tensor | None = None
+) -> Tensor:
+    """`[M, V]` weights of the token after a rejection: `unclaimed`, and p where that is nothing.
+
+    p and q equal up to rounding leave nothing; a rejection is then itself rounding.
+    """
+    left = unclaimed(batch, rows, scale, f)
+    empty = (left.sum(dim=-1) <= 0).nonzero().squeeze(1)
+    left[empty] = torch.softmax(batch.target_logits[rows[empty]], dim=-1)
+    return left
 
 
 def leading_run(batch: VerifyInput, stands: Tensor) -> Tensor:
@@ -302,33 +371,32 @@ def draw_next(
         `[R]` int64.
     """
     drawn = torch.empty_like(accepted)
-    u = batch.uniforms(Purpose.RESAMPLE)
     rejected = accepted < batch.num_draft
-    for requests, after_rejection in (
-        (rejected.nonzero().squeeze(1), True),
-        ((~rejected).nonzero().squeeze(1), False),
-    ):
-        if not len(requests):
-            continue
-        rows = (batch.first + accepted)[requests]
-        if batch.all_greedy:
-            logits = batch.target_logits[rows] if after_rejection else batch.bonus_logits[requests]
-            drawn[requests] = logits.argmax(dim=-1)
-            continue
-        if after_rejection:
-            weights = residual(batch, rows)
-        else:
-            weights = torch.softmax(batch.bonus_logits[requests], dim=-1)
-        tokens = sample_weights(weights, u[requests])
-        if batch.any_greedy:
-            logits = batch.target_logits[rows] if after_rejection else batch.bonus_logits[requests]
-            tokens = torch.where(batch.greedy[requests], logits.argmax(dim=-1), tokens)
-        drawn[requests] = tokens
+    rows = batch.first + accepted  # of the N, where a token was rejected
+    if batch.any_greedy:
+        chosen = (batch.greedy & rejected).nonzero().squeeze(1)
+        drawn[chosen] = batch.greedy_token_ids[rows[chosen]]
+        chosen = (batch.greedy & ~rejected).nonzero().squeeze(1)
+        drawn[chosen] = first_argmax(batch.bonus_logits[chosen])
+    if not batch.all_greedy:
+        u = batch.uniforms(Purpose.RESAMPLE)
+        chosen = (~batch.greedy & rejected).nonzero().squeeze(1)
+        drawn[chosen] = sample_weights(residual(batch, rows[chosen]), u[chosen])
+        chosen = (~batch.greedy & ~rejected).nonzero().squeeze(1)
+        bonus = torch.softmax(batch.bonus_logits[chosen], dim=-1)
+        drawn[chosen] = sample_weights(bonus, u[chosen])
     return drawn
+
+
+#: Columns summed at once by `sample_weights`.
+_SPAN = 512
 
 
 def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse transform sampling: one uniform per row, no noise per token.
+
+    Finds the span of columns first and the token inside it second, so that the running
+    sum, which does not vectorise, is short.
 
     Args:
         weights: `[M, V]` non-negative, not normalised, each row with a positive sum.
@@ -337,12 +405,32 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
     Returns:
         `[M]` int64; a token of weight zero is never returned.
     """
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    rows, width = weights.shape
+    whole = width // _SPAN
+    spans = weights[:, : whole * _SPAN].reshape(rows, whole, _SPAN).sum(dim=-1)
+    if whole * _SPAN < width:
+        rest = weights[:, whole * _SPAN :].sum(dim=-1, keepdim=True)
+        spans = torch.cat([spans, rest], dim=1)
+    cumulative = spans.cumsum(dim=-1, dtype=torch.float64)
+    span, past = _first_above(cumulative, u * cumulative[:, -1])
+    columns = span.unsqueeze(1) * _SPAN + torch.arange(_SPAN, device=weights.device)
+    inside = weights.gather(1, columns.clamp(max=width - 1))
+    inside = inside.masked_fill(columns >= width, 0)
+    token, _ = _first_above(inside.cumsum(dim=-1, dtype=torch.float64), past)
+    return (span * _SPAN + token).clamp(max=width - 1)
+
+
+def _first_above(cumulative: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row, the first column whose running sum exceeds `value`, and what `value` has left.
+
+    A value that rounding lifted to the total or past it counts as just below the total.
+    """
     total = cumulative[:, -1]
-    # Rounding may lift u * total up to total, past every token.
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-    return tokens.clamp(max=weights.shape[1] - 1)
+    value = torch.minimum(value, torch.nextafter(total, torch.zeros_like(total))).unsqueeze(1)
+    column = torch.searchsorted(cumulative, value, right=True)
+    column = column.clamp(max=cumulative.shape[1] - 1)
+    before = torch.where(column > 0, cumulative.gather(1, (column - 1).clamp(min=0)), 0.0)
+    return column.squeeze(1), (value - before).squeeze(1)
 
 
 def assemble(

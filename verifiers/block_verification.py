@@ -1,0 +1,114 @@
+"""Block verification (Sun et al. 2403.10444): the whole draft is judged at once.
+
+With x_1..x_k the draft, p_i and q_i the target's and the draft's law of token i given those
+before it, the capped joint ratio is
+
+    P_0 = 1,    P_i = min(1, P_{i-1} p_i(x_i) / q_i(x_i)),
+
+and prefix i is acceptable with probability
+
+    h_i = S_i / (S_i + 1 - P_i),    S_i = sum_y [P_i p_{i+1}(y) - q_{i+1}(y)]+,    h_k = P_k.
+
+The longest acceptable prefix stands. What follows it is a bonus token when it is the whole
+draft, else a token from norm([P_i p_{i+1} - q_{i+1}]+). The law of the text is the target's,
+and no rule that sees one draft accepts more tokens in expectation.
+
+A placeholder ends the block. Greedy requests use exact matching. Indices below count from 0:
+row j holds p_{j+1}, so what the formulas call i is "after row j = i - 1".
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.random_numbers import Purpose
+from vllm_spec_plugins.verifier import (
+    Verification,
+    VerifyInput,
+    assemble,
+    draw_next,
+    greedy_matches,
+    leading_run,
+    residual_weights,
+    unclaimed,
+)
+from vllm_spec_plugins.vocabulary_passes import row_blocks
+
+
+def capped_ratio(batch: VerifyInput) -> Tensor:
+    """`[N]` P after each row; 0 from the first placeholder on."""
+    p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
+    # Placeholders have p = 0. A token the draft cannot draw (q = 0) leaves no cap to reach.
+    ratio = torch.where(q > 0, p / q, torch.where(p > 0, torch.inf, 0.0))
+    table = ratio.new_zeros(len(batch.num_draft), batch.max_num_draft)
+    table[batch.request_of, batch.index_in_draft] = ratio
+    running = ratio.new_ones(len(batch.num_draft))
+    for column in table.unbind(dim=1):
+        running = torch.where(running > 0, running * column, running).clamp_(max=1)
+        column.copy_(running)
+    return table[batch.request_of, batch.index_in_draft]
+
+
+def block_acceptance(batch: VerifyInput, ratio: Tensor) -> Tensor:
+    """`[N]` h: the probability that the draft up to each row is acceptable.
+
+    Args:
+        batch: The step.
+        ratio: `[N]` from `capped_ratio`.
+    """
+    ids = batch.draft_token_ids
+    next_is_drafted = torch.zeros_like(ids, dtype=torch.bool)
+    next_is_drafted[:-1] = (batch.index_in_draft[1:] > 0) & (ids[1:] >= 0)
+    inner = (next_is_drafted & (ratio > 0) & ~batch.greedy[batch.request_of]).nonzero().squeeze(1)
+    after, scale = inner + 1, ratio[inner]
+    if batch.draft_probabilities is None:
+        left = scale * (1 - batch.draft_token_probability[after]).clamp(min=0)
+    else:
+        left = torch.empty_like(scale)
+        for block in row_blocks(len(after), batch.target_logits):
+            left[block] = unclaimed(batch, after[block], scale[block]).sum(dim=-1)
+    whole = left + (1 - scale)
+    # Nothing unclaimed and nothing capped away: p and q are equal here.
+    h = torch.where(whole > 0, left / whole, torch.ones_like(whole))
+    return ratio.index_copy(0, inner, h)
+
+
+def block_residual(batch: VerifyInput, rows: Tensor, ratio: Tensor) -> Tensor:
+    """`[M, V]` weights of the token drawn where the draft was cut, at some of the N rows."""
+    before = torch.where(batch.index_in_draft[rows] > 0, ratio[rows - 1], 1)
+    return residual_weights(batch, rows, scale=before)
+
+
+def block_accepted_law(batch: VerifyInput) -> Tensor:
+    """`[R, K+1]` probability that exactly that many draft tokens are accepted."""
+    h = block_acceptance(batch, capped_ratio(batch))
+    fails = h.new_ones(len(batch.num_draft), batch.max_num_draft + 1)
+    fails[batch.request_of, batch.index_in_draft + 1] = 1 - h
+    fails[:, 0] = 0  # the empty prefix is always acceptable
+    later_fail = fails.flip(1).cumprod(dim=1).flip(1)
+    later_fail = torch.cat([later_fail[:, 1:], torch.ones_like(fails[:, :1])], dim=1)
+    law = (1 - fails) * later_fail
+    if batch.any_greedy:
+        count = leading_run(batch, greedy_matches(batch)).unsqueeze(1)
+        exact = torch.zeros_like(law).scatter_(1, count, 1)
+        law = torch.where(batch.greedy.unsqueeze(1), exact, law)
+    return law
+
+
+def verify_block(batch: VerifyInput) -> Verification:
+    """Verify one step by the block rule."""
+    if batch.all_greedy:
+        accepted = leading_run(batch, greedy_matches(batch))
+        return assemble(batch, accepted, draw_next(batch, accepted, residual_weights))
+    ratio = capped_ratio(batch)
+    stands = batch.uniforms(Purpose.ACCEPT) < block_acceptance(batch, ratio)
+    reached = torch.where(stands, batch.index_in_draft + 1, 0)
+    accepted = torch.zeros_like(batch.num_draft)
+    accepted.scatter_reduce_(0, batch.request_of, reached, "amax")
+    if batch.any_greedy:
+        accepted = torch.where(batch.greedy, leading_run(batch, greedy_matches(batch)), accepted)
+    drawn = draw_next(batch, accepted, partial(block_residual, ratio=ratio))
+    return assemble(batch, accepted, drawn)
