@@ -1,1 +1,44 @@
-"""The losslessness kit, for our tests and for third parties' own."""
+"""The losslessness kit: holds a verifier to its guarantee. For our tests and for anyone's.
+
+    from vllm_spec_plugins.testing import assert_keeps_its_guarantee
+    assert_keeps_its_guarantee(MyVerifier(MyOptions(), toy_context()))
+
+or, without writing a test, from the command line:
+
+    pytest --pyargs vllm_spec_plugins.testing.conformance --verifier my_package:MyVerifier
+
+Names are resolved when first used: the pytest plugin lives in this package, and loading it
+must cost nothing to the test runs of people who do not use the kit.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "GoodnessOfFit": "chi_square",
+    "ToyProblem": "toy_problems",
+    "assert_keeps_its_guarantee": "guarantees",
+    "assert_lossless": "guarantees",
+    "assert_price_is_measured": "guarantees",
+    "build_verifier": "guarantees",
+    "enumeration_error": "enumeration",
+    "expected_accepted": "enumeration",
+    "generate": "simulation",
+    "goodness_of_fit": "chi_square",
+    "output_laws": "enumeration",
+    "toy_context": "toy_problems",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,40 @@
+"""pytest plugin: names the verifier that the losslessness kit is to examine.
+
+Loaded in every test run of an environment that has this package, so it imports nothing
+until the fixture is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from vllm_spec_plugins.verifier import Verifier
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vllm-spec-plugins")
+    group.addoption(
+        "--verifier",
+        metavar="NAME",
+        help="verifier to examine: a registered name, or module:Class",
+    )
+    group.addoption(
+        "--verifier-options",
+        metavar="JSON",
+        default="{}",
+        help="its options, as they would stand in --speculative-config",
+    )
+
+
+@pytest.fixture(scope="session")
+def verifier_under_test(request: pytest.FixtureRequest) -> Verifier:
+    """The verifier named by `--verifier`, built on toy facts. Skips when none is named."""
+    name: Any = request.config.getoption("--verifier")
+    if name is None:
+        pytest.skip("name a verifier with --verifier")
+    from vllm_spec_plugins.testing.guarantees import build_verifier
+
+    return build_verifier(name, request.config.getoption("--verifier-options"))
