@@ -406,18 +406,18 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
         `[M]` int64; a token of weight zero is never returned.
     """
     rows, width = weights.shape
-    whole = width // _SPAN
-    spans = weights[:, : whole * _SPAN].reshape(rows, whole, _SPAN).sum(dim=-1)
-    if whole * _SPAN < width:
-        rest = weights[:, whole * _SPAN :].sum(dim=-1, keepdim=True)
-        spans = torch.cat([spans, rest], dim=1)
-    cumulative = spans.cumsum(dim=-1, dtype=torch.float64)
-    span, past = _first_above(cumulative, u * cumulative[:, -1])
-    columns = span.unsqueeze(1) * _SPAN + torch.arange(_SPAN, device=weights.device)
+    span = min(_SPAN, width)
+    whole = width // span * span
+    sums = weights[:, :whole].reshape(rows, width // span, span).sum(dim=-1)
+    if whole < width:
+        sums = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+    cumulative = sums.cumsum(dim=-1, dtype=torch.float64)
+    which, remaining = _first_above(cumulative, u * cumulative[:, -1])
+    columns = which.unsqueeze(1) * span + torch.arange(span, device=weights.device)
     inside = weights.gather(1, columns.clamp(max=width - 1))
     inside = inside.masked_fill(columns >= width, 0)
-    token, _ = _first_above(inside.cumsum(dim=-1, dtype=torch.float64), past)
-    return (span * _SPAN + token).clamp(max=width - 1)
+    token, _ = _first_above(inside.cumsum(dim=-1, dtype=torch.float64), remaining)
+    return (which * span + token).clamp(max=width - 1)
 
 
 def _first_above(cumulative: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

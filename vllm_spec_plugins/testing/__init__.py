@@ -5,7 +5,7 @@
 
 or, without writing a test, from the command line:
 
-    pytest --pyargs vllm_spec_plugins.testing.conformance --verifier my_package:MyVerifier
+    pytest --pyargs vllm_spec_plugins.testing.conformance --spec-verifier my_package:MyVerifier
 
 Names are resolved when first used: the pytest plugin lives in this package, and loading it
 must cost nothing to the test runs of people who do not use the kit.

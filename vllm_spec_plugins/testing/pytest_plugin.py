@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vllm-spec-plugins")
     group.addoption(
-        "--verifier",
+        "--spec-verifier",
         metavar="NAME",
         help="verifier to examine: a registered name, or module:Class",
     )
     group.addoption(
-        "--verifier-options",
+        "--spec-verifier-options",
         metavar="JSON",
         default="{}",
         help="its options, as they would stand in --speculative-config",
@@ -31,10 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def verifier_under_test(request: pytest.FixtureRequest) -> Verifier:
-    """The verifier named by `--verifier`, built on toy facts. Skips when none is named."""
-    name: Any = request.config.getoption("--verifier")
+    """The verifier named by `--spec-verifier`, built on toy facts. Skips when none is named."""
+    name: Any = request.config.getoption("--spec-verifier")
     if name is None:
-        pytest.skip("name a verifier with --verifier")
+        pytest.skip("name a verifier with --spec-verifier")
     from vllm_spec_plugins.testing.guarantees import build_verifier
 
-    return build_verifier(name, request.config.getoption("--verifier-options"))
+    return build_verifier(name, request.config.getoption("--spec-verifier-options"))
