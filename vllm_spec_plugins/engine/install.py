@@ -1,0 +1,170 @@
+"""Every class-level patch, each wrapped once and listed in `seams`.
+
+`install_config_seam` runs wherever vLLM loads plugins. `install_engine_seams` runs only in
+processes that hold a speculative config of ours; its wrappers look at the config they are
+given and step aside for any other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_INSTALLED = "_vllm_spec_plugins"
+
+
+def _wrap_once(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace `owner.name` by `wrapper(original)` unless that was done before."""
+    done: set[str] = owner.__dict__.get(_INSTALLED, set())
+    if name not in done:
+        setattr(owner, name, wrapper(owner.__dict__[name]))
+        setattr(owner, _INSTALLED, done | {name})
+
+
+def install_config_seam() -> None:
+    """Let `--speculative-config` name our methods, verifiers and options."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def create_speculative_config(
+            self: Any, target_model_config: Any, target_parallel_config: Any
+        ) -> Any:
+            if self.speculative_config is None and self.spec_method is None:
+                return original(self, target_model_config, target_parallel_config)
+            from . import options
+
+            raw = options.requested(self)
+            if raw is None:
+                _warn_of_cpu_sampling()
+                return original(self, target_model_config, target_parallel_config)
+            return options.build(raw, self, target_model_config, target_parallel_config)
+
+        return create_speculative_config
+
+    _wrap_once(EngineArgs, "create_speculative_config", wrapper)
+
+
+def install_engine_seams() -> None:
+    """Lookahead slots, request options, the runner adapter. Idempotent."""
+    from vllm.config.vllm import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    _wrap_once(VllmConfig, "num_lookahead_tokens", _lookahead)
+    _wrap_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
+    _wrap_once(SamplingParams, "_validate_spec_decode", _validate_request)
+    _wrap_once(NewRequestData, "from_request", _carry_cache_salt)
+    _wrap_once(WorkerWrapperBase, "init_device", _attach)
+
+
+def _lookahead(original: property) -> property:
+    """Reserve key/value slots past the verified tokens for proposers that write there."""
+
+    def num_lookahead_tokens(self: VllmConfig) -> int:
+        from vllm_spec_plugins.proposer import Needs
+
+        from .options import PluginSpeculativeConfig
+
+        slots = original.__get__(self)
+        spec = self.speculative_config
+        if isinstance(spec, PluginSpeculativeConfig) and Needs.LOOKAHEAD_SLOTS in spec.needs:
+            return max(slots, spec.num_speculative_tokens)
+        return slots
+
+    return property(num_lookahead_tokens, doc=original.__doc__)
+
+
+def _v2_unsupported(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Model runner V2 has no adapter of ours: say so where vLLM chooses the runner."""
+
+    @functools.wraps(original)
+    def unsupported_features(self: VllmConfig) -> list[str]:
+        from .options import PluginSpeculativeConfig
+
+        features = original(self)
+        if isinstance(self.speculative_config, PluginSpeculativeConfig):
+            features.append("verifiers of vllm-spec-plugins")
+        return features
+
+    return unsupported_features
+
+
+def _validate_request(original: Callable[..., None]) -> Callable[..., None]:
+    """A request that asks for what the server does not allow is refused, alone."""
+
+    @functools.wraps(original)
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+
+        from vllm_spec_plugins import request_options
+        from vllm_spec_plugins.errors import RequestError
+
+        from .options import PluginSpeculativeConfig
+
+        original(self, speculative_config)
+        if isinstance(speculative_config, PluginSpeculativeConfig):
+            try:
+                request_options.read(
+                    self.extra_args,
+                    verifiers_allowed=speculative_config.settings.verifiers_allowed,
+                    num_speculative_tokens=speculative_config.num_speculative_tokens,
+                )
+            except RequestError as error:
+                raise VLLMValidationError(str(error), parameter=request_options.KEY) from error
+
+    return validate_spec_decode
+
+
+#: Key of `SamplingParams.extra_args` under which the worker finds a request's cache salt.
+CACHE_SALT = "vllm_spec_plugins.cache_salt"
+
+
+def _carry_cache_salt(original: classmethod[Any, ..., Any]) -> classmethod[Any, ..., Any]:
+    """The worker is not told a request's cache salt; shared draft state must respect it."""
+
+    @functools.wraps(original.__func__)
+    def from_request(cls: type[Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        new = original.__func__(cls, request, *args, **kwargs)
+        if request.cache_salt and new.sampling_params is not None:
+            extra = new.sampling_params.extra_args or {}
+            new.sampling_params.extra_args = {**extra, CACHE_SALT: request.cache_salt}
+        return new
+
+    return classmethod(from_request)
+
+
+def _attach(original: Callable[..., None]) -> Callable[..., None]:
+    """Hang the adapter on the runner instance once it exists and before weights load."""
+
+    @functools.wraps(original)
+    def init_device(self: Any) -> None:
+        from .options import PluginSpeculativeConfig
+
+        original(self)
+        if isinstance(self.vllm_config.speculative_config, PluginSpeculativeConfig):
+            from .v1_runner import attach
+
+            attach(self.worker, self.vllm_config)
+
+    return init_device
+
+
+@functools.cache
+def _warn_of_cpu_sampling() -> None:
+    """vLLM's own speculative sampling on a CPU is wrong at temperature > 0: say it once."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from .options import logger
+
+        logger.warning(
+            "vLLM's own verification on the CPU uses uninitialised temperature, top-k and top-p "
+            "for draft tokens (vllm-project/vllm#55005): at temperature > 0 its output does not "
+            'follow the model. Add "verifier": "lossless" to --speculative-config.'
+        )

@@ -1,0 +1,108 @@
+"""What the worker remembers of each request between its first step and its last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_spec_plugins import request_options
+from vllm_spec_plugins.random_numbers import stream_of_arrival, stream_of_seed
+
+from .install import CACHE_SALT
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """Constant over a request's life.
+
+    Attributes:
+        stream: Its random stream (see `random_numbers`).
+        verifier: Name of the verifier it is served with.
+        draft_limit: Most tokens drafted for it per step; 0 = decoded without drafts.
+        max_tokens: Most tokens it may produce, or None.
+        temperature: 0 = greedy.
+        cache_salt: "" when it came without one.
+        has_token_history: False when its prompt came as embeddings.
+    """
+
+    stream: int
+    verifier: str
+    draft_limit: int
+    max_tokens: int | None
+    temperature: float
+    cache_salt: str
+    has_token_history: bool
+
+
+class RequestTable:
+    """States by request id. Equal on every tensor-parallel rank: built from scheduler output.
+
+    Args:
+        verifier: Name of the configured verifier ("" when vLLM's own runs).
+        verifiers_allowed: Names a request may choose.
+        num_speculative_tokens: The server's number.
+        engine_seed: Of the random streams of requests without a seed.
+        replica: Data-parallel rank.
+    """
+
+    def __init__(
+        self,
+        verifier: str,
+        verifiers_allowed: Collection[str],
+        num_speculative_tokens: int,
+        engine_seed: int,
+        replica: int,
+    ) -> None:
+        self._verifier = verifier
+        self._allowed = verifiers_allowed
+        self._num_speculative_tokens = num_speculative_tokens
+        self._engine_seed = engine_seed
+        self._replica = replica
+        self._arrivals = 0
+        self._states: dict[str, RequestState] = {}
+        # Rows of warm-up batches belong to no request.
+        self._nobody = RequestState(0, verifier, num_speculative_tokens, None, 0.0, "", True)
+
+    def __getitem__(self, request_id: str) -> RequestState:
+        return self._states.get(request_id, self._nobody)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def add(self, request_id: str, params: SamplingParams | None, has_token_history: bool) -> None:
+        """A request's first step, or a new turn of a streaming session."""
+        self._arrivals += 1
+        extra: dict[str, Any] = (params.extra_args if params else None) or {}
+        options = request_options.read(
+            extra,
+            verifiers_allowed=self._allowed,
+            num_speculative_tokens=self._num_speculative_tokens,
+        )
+        limit = self._num_speculative_tokens
+        if options.num_speculative_tokens is not None:
+            limit = options.num_speculative_tokens
+        if not options.enabled:
+            limit = 0
+        seed = params.seed if params else None
+        self._states[request_id] = RequestState(
+            stream=(
+                stream_of_arrival(self._engine_seed, self._arrivals, self._replica)
+                if seed is None
+                else stream_of_seed(seed)
+            ),
+            verifier=options.verifier or self._verifier,
+            draft_limit=limit,
+            max_tokens=params.max_tokens if params else None,
+            temperature=params.temperature if params else 0.0,
+            cache_salt=extra.get(CACHE_SALT, ""),
+            has_token_history=has_token_history,
+        )
+
+    def remove(self, request_id: str) -> None:
+        """Finished or aborted."""
+        self._states.pop(request_id, None)

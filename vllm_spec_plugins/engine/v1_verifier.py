@@ -1,0 +1,231 @@
+"""Our verifiers in place of vLLM's rejection rule, inside vLLM's rejection sampler.
+
+`RejectionSampler.forward` keeps running: it gathers the rows, applies penalties, bad words,
+allowed tokens, minimum tokens and thinking budgets, and computes logprobs. Three things in it
+are ours: the rule, the expansion of temperature, top-k and top-p to draft rows (wrong on CPU
+in vLLM 0.32 and 0.33, vllm-project/vllm#55005), and the bonus row, which is not sampled
+before anybody knows whether it is needed.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from .v1_runner import V1Adapter
+
+
+class BonusLogits(nn.Module):
+    """Stands in for the sampler of bonus tokens: constrains their logits, draws nothing.
+
+    `RejectionSampler.forward` calls it as it would call vLLM's sampler, and later uses its
+    logprob helpers. The token it returns is a placeholder that our rule does not read.
+    """
+
+    def __init__(self, sampler: nn.Module) -> None:
+        super().__init__()
+        self.sampler: Any = sampler
+        self.logprobs_mode = self.sampler.logprobs_mode
+        self.compute_logprobs = self.sampler.compute_logprobs
+        self.gather_logprobs = self.sampler.gather_logprobs
+        #: `[R, V]` of the step at hand.
+        self.logits: Tensor = torch.empty(0)
+
+    def forward(
+        self,
+        logits: Tensor,
+        sampling_metadata: SamplingMetadata,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: str | None = None,
+    ) -> SamplerOutput:
+        mode = logprobs_mode_override or self.logprobs_mode
+        constrained = logits.to(torch.float32)
+        wants_logprobs = sampling_metadata.max_num_logprobs is not None
+        raw = constrained.clone() if wants_logprobs and mode == "raw_logits" else constrained
+        constrained = self.sampler.apply_logits_processors(
+            constrained, sampling_metadata, predict_bonus_token
+        )
+        constrained = constrain(constrained, sampling_metadata, None)
+        self.logits = constrained
+        tensors = None
+        if wants_logprobs:
+            nothing = torch.empty(0)
+            logprobs = raw if mode == "raw_logits" else constrained
+            tensors = LogprobsTensors(nothing, logprobs, nothing)
+        return SamplerOutput(
+            sampled_token_ids=torch.empty(
+                (len(logits), 1), dtype=torch.int32, device=logits.device
+            ),
+            logprobs_tensors=tensors,
+        )
+
+
+def constrain(
+    logits: Tensor, sampling_metadata: SamplingMetadata, num_draft: Tensor | None
+) -> Tensor:
+    """Temperature, top-k and top-p of each request on its rows.
+
+    Args:
+        logits: `[rows, V]` float32, may be changed in place.
+        sampling_metadata: Of the R requests.
+        num_draft: `[R]` rows of each request; None = one each.
+
+    Returns:
+        `[rows, V]`; rows of greedy requests keep temperature 1.
+    """
+    if sampling_metadata.all_greedy:
+        return logits
+
+    def per_row(of_request: Tensor | None) -> Tensor | None:
+        if of_request is None or num_draft is None:
+            return of_request
+        return of_request.repeat_interleave(num_draft, output_size=len(logits))
+
+    temperature = per_row(sampling_metadata.temperature)
+    assert temperature is not None
+    if not sampling_metadata.all_random:
+        temperature = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
+    logits.div_(temperature.unsqueeze(1))
+    return apply_top_k_top_p(
+        logits, per_row(sampling_metadata.top_k), per_row(sampling_metadata.top_p)
+    )
+
+
+class VerifierBridge(RejectionSampler):
+    """vLLM's rejection sampler with our rule inside.
+
+    Args:
+        adapter: Knows the requests of the step and the draft's law.
+        verifiers: By name; which one serves a request is the request's choice.
+        sampler: vLLM's sampler.
+        spec_config: vLLM's speculative config.
+        device: Where the target runs.
+    """
+
+    adapter: V1Adapter
+
+    def __init__(
+        self,
+        adapter: V1Adapter,
+        verifiers: Mapping[str, Verifier],
+        sampler: Any,
+        spec_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(sampler, spec_config, device)
+        self.sampler: Any = BonusLogits(sampler)
+        # Not a submodule: the adapter holds the runner.
+        self.__dict__["adapter"] = adapter
+        self.verifiers = dict(verifiers)
+        self.needs_hidden_states = any(v.needs_hidden_states for v in verifiers.values())
+        self._metadata: Any = None
+        self._num_draft: Tensor = torch.empty(0)
+        original = RejectionSampler.forward
+        self._vllm_forward = types.FunctionType(
+            original.__code__,
+            {
+                **original.__globals__,
+                "rejection_sample": self._rule,
+                "apply_sampling_constraints": self._constraints,
+            },
+            original.__name__,
+            original.__defaults__,
+            original.__closure__,
+        )
+
+    def forward(
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: Tensor | None,
+        logits: Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        self._metadata = metadata
+        self._num_draft = torch.tensor(
+            metadata.num_draft_tokens, dtype=torch.int64, device=logits.device
+        )
+        return self._vllm_forward(self, metadata, draft_probs, logits, sampling_metadata)
+
+    def _constraints(
+        self, logits: Tensor, cu_num_draft_tokens: Tensor, sampling_metadata: SamplingMetadata
+    ) -> Tensor:
+        del cu_num_draft_tokens
+        return constrain(logits, sampling_metadata, self._num_draft)
+
+    def _rule(
+        self,
+        draft_token_ids: Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: Tensor,
+        draft_probs: Tensor | None,
+        target_logits: Tensor,
+        bonus_token_ids: Tensor,
+        sampling_metadata: SamplingMetadata,
+        **of_other_rules: Any,
+    ) -> Tensor:
+        """vLLM's arguments in, `[R, max_spec_len + 1]` int32 out, -1 padded."""
+        del cu_num_draft_tokens, bonus_token_ids, of_other_rules
+        adapter, metadata = self.adapter, self._metadata
+        requests = adapter.requests_of_step(len(num_draft_tokens))
+        device = target_logits.device
+        temperatures = sampling_metadata.temperature
+        if temperatures is None:  # all greedy
+            temperatures = torch.zeros(len(requests), device=device)
+        batch = VerifyInput(
+            request_ids=[request_id for request_id, _ in requests],
+            target_logits=target_logits,
+            bonus_logits=self.sampler.logits,
+            draft_token_ids=draft_token_ids.long(),
+            num_draft=self._num_draft,
+            draft_probabilities=adapter.draft_probabilities(
+                draft_probs, num_draft_tokens, requests, device
+            ),
+            temperatures=temperatures,
+            streams=torch.tensor(
+                [state.stream for _, state in requests], dtype=torch.int64, device=device
+            ),
+            positions=adapter.first_draft_positions(metadata, self._num_draft),
+            hidden_states=(
+                adapter.draft_hidden_states(metadata) if self.needs_hidden_states else None
+            ),
+            max_num_draft=max_spec_len,
+            all_greedy=sampling_metadata.all_greedy,
+            any_greedy=not sampling_metadata.all_random,
+        )
+        verification = self._verify(batch, [state.verifier for _, state in requests])
+        adapter.verified(verification)
+        return verification.token_ids.to(torch.int32)
+
+    def _verify(self, batch: VerifyInput, names: list[str]) -> Verification:
+        """Each request by its own verifier, without touching each other."""
+        distinct = set(names)
+        if len(distinct) == 1:
+            return self.verifiers[distinct.pop()].verify(batch)
+        token_ids = batch.draft_token_ids.new_full((len(names), batch.max_num_draft + 1), -1)
+        accepted = torch.zeros_like(batch.num_draft)
+        extra = torch.zeros_like(batch.target_log_normaliser)
+        for name in sorted(distinct):
+            rows = [i for i, other in enumerate(names) if other == name]
+            requests = torch.tensor(rows, device=token_ids.device)
+            part = self.verifiers[name].verify(batch.select(requests))
+            token_ids[requests] = part.token_ids
+            accepted[requests] = part.accepted
+            if part.extra_acceptance is not None:
+                tokens = torch.isin(batch.request_of, requests)
+                extra[tokens] = part.extra_acceptance.to(extra.dtype)
+        return Verification(token_ids, accepted, extra)
