@@ -8,6 +8,7 @@ given and step aside for any other.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,9 @@ def install_config_seam() -> None:
             if raw is None:
                 _warn_of_cpu_sampling()
                 return original(self, target_model_config, target_parallel_config)
-            return options.build(raw, self, target_model_config, target_parallel_config)
+            ours = options.build(raw, self, target_model_config, target_parallel_config)
+            shield_llvmlite()
+            return ours
 
         return create_speculative_config
 
@@ -151,6 +154,7 @@ def _attach(original: Callable[..., None]) -> Callable[..., None]:
             from .v1_runner import attach
 
             attach(self.worker, self.vllm_config)
+            shield_llvmlite()
 
     return init_device
 
@@ -168,3 +172,15 @@ def _warn_of_cpu_sampling() -> None:
             "for draft tokens (vllm-project/vllm#55005): at temperature > 0 its output does not "
             'follow the model. Add "verifier": "lossless" to --speculative-config.'
         )
+
+
+def shield_llvmlite() -> None:
+    """Let a CPU engine start in a process where numba is loaded, our own proposers' included.
+
+    vLLM's kernel registry looks into `__dict__` of every module's every value; llvmlite's
+    library handle answers any attribute with a function, and the registry fails on it.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    known_functions = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(known_functions, dict):
+        known_functions.setdefault("__dict__", {})
