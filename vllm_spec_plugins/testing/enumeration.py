@@ -12,11 +12,12 @@ It examines the functions `verify` draws from; that `verify` draws from them is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import AcceptanceRule, VerifyInput
+from vllm_spec_plugins.verifier import AcceptanceRule, Verifier, VerifyInput
 
 from .toy_problems import DraftedStep, ToyProblem, verify_input
 
@@ -114,6 +115,37 @@ def enumeration_error(
         for problem, law in zip(problems, output_laws(verifier, problems, vocabulary), strict=True)
     ]
     return float(torch.stack(errors).max())
+
+
+def total_variation(
+    verifier: AcceptanceRule, problem: ToyProblem, vocabulary: Tensor | None = None
+) -> float:
+    """Distance of the output's law to the target's, for a proposer that draws."""
+    (law,) = output_laws(verifier, [problem], vocabulary)
+    return float((law - problem.laws_of_text(problem.num_draft + 1)).abs().sum() / 2)
+
+
+def expected_extra_acceptance(verifier: AcceptanceRule, problem: ToyProblem) -> float:
+    """Mean of the price that `verify` itself reports, for one draft token that is drawn.
+
+    Equals `total_variation` for every rule with the best residual: the extra acceptance is
+    the distance.
+    """
+    assert problem.num_draft == 1, "further tokens are only looked at by chance"
+    batch, _, (weights,) = enumerated_input([problem])
+    extra = verifier.verify(batch).extra_acceptance
+    assert extra is not None, "the verifier reports no price"
+    return float((weights * extra).sum())
+
+
+def has_exact_law(verifier: Verifier) -> TypeGuard[AcceptanceRule]:
+    """Whether the verifier says what it draws from: an acceptance rule, or one that overrides
+    `verify` together with `accepted_law` (and `residual`)."""
+    if not isinstance(verifier, AcceptanceRule):
+        return False
+    kind = type(verifier)
+    own_verify = kind.verify is not AcceptanceRule.verify
+    return not own_verify or kind.accepted_law is not AcceptanceRule.accepted_law
 
 
 def expected_accepted(verifier: AcceptanceRule, problem: ToyProblem) -> float:

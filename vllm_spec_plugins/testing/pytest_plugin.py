@@ -33,8 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def verifier_under_test(request: pytest.FixtureRequest) -> Verifier:
     """The verifier named by `--spec-verifier`, built on toy facts. Skips when none is named."""
     name: Any = request.config.getoption("--spec-verifier")
+    options: Any = request.config.getoption("--spec-verifier-options")
     if name is None:
         pytest.skip("name a verifier with --spec-verifier")
     from vllm_spec_plugins.testing.guarantees import build_verifier
 
-    return build_verifier(name, request.config.getoption("--spec-verifier-options"))
+    return build_verifier(name, options)

@@ -1,0 +1,243 @@
+"""Assertions that hold a verifier to what it promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.errors import PluginError
+from vllm_spec_plugins.registry import Kind, contract_problem, installed
+from vllm_spec_plugins.verifier import Guarantee, Verifier
+
+from .chi_square import failures, goodness_of_fit
+from .enumeration import (
+    enumeration_error,
+    expected_extra_acceptance,
+    has_exact_law,
+    total_variation,
+)
+from .simulation import generate
+from .toy_problems import (
+    ToyProblem,
+    adversarial,
+    near_equal,
+    one_hot,
+    random_problem,
+    toy_context,
+    truncated_draft,
+    truncated_target,
+    within_vocabulary,
+)
+
+#: Rounding of float64 sums over a few hundred texts stays far below this.
+TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """Problems examined as one batch.
+
+    Attributes:
+        name: For messages.
+        problems: All over the same vocabulary.
+        length: Tokens of each generated text.
+        ragged: Whether drafts have 0 to K tokens.
+        vocabulary: Of compact draft probabilities.
+    """
+
+    name: str
+    problems: tuple[ToyProblem, ...]
+    length: int = 4
+    ragged: bool = False
+    vocabulary: Tensor | None = None
+
+
+def enumeration_cases() -> list[Case]:
+    """Small enough to sum over every draft and text: V = 4, K = 0 to 3, all kinds of draft."""
+    cases = []
+    for num_draft in range(4):
+        plain = random_problem(num_draft, num_draft=num_draft, order=max(num_draft, 1))
+        alone = [
+            plain,
+            adversarial(plain),
+            near_equal(plain),
+            one_hot(plain),
+            truncated_target(plain, 2),
+            truncated_draft(plain, 0.7),
+            truncated_draft(truncated_target(plain, 2), 0.7),
+            one_hot(truncated_target(plain, 2)),
+            plain.with_temperature(0),
+            one_hot(plain).with_temperature(0),
+        ]
+        if num_draft:
+            alone += [replace(p, num_placeholders=1) for p in (plain, one_hot(plain))]
+        cases += [Case(f"K = {num_draft}, problem {i}", (p,)) for i, p in enumerate(alone)]
+        cases.append(Case(f"K = {num_draft}, all in one batch", tuple(alone)))
+    mixed = [random_problem(9, num_draft=k, order=3) for k in (3, 0, 1, 2)]
+    cases.append(Case("ragged", tuple(mixed)))
+    vocabulary = torch.tensor([0, 2, 3])
+    compact = tuple(within_vocabulary(p, vocabulary) for p in mixed)
+    cases.append(Case("compact draft probabilities", compact, vocabulary=vocabulary))
+    cases.append(Case("compact and one-hot", (*compact, one_hot(mixed[0])), vocabulary=vocabulary))
+    return cases
+
+
+def simulation_cases() -> list[Case]:
+    """16 tokens, so that a small bias has nowhere to hide."""
+
+    def problem(seed: int, num_draft: int, sharpness: float = 1.0) -> ToyProblem:
+        return random_problem(
+            seed, vocab_size=16, num_draft=num_draft, order=1, sharpness=sharpness
+        )
+
+    vocabulary = torch.tensor([1, 2, 3, 5, 8, 13])
+    plain = problem(2, 2)
+    return [
+        Case("adversarial draft, K = 3", (adversarial(problem(1, 3)),)),
+        Case("one-hot draft, K = 3", (one_hot(problem(1, 3, sharpness=2.0)),)),
+        Case(
+            "top-k target, top-p draft, K = 4",
+            (truncated_draft(truncated_target(problem(3, 4), 5), 0.6),),
+        ),
+        Case("draft like the target, K = 8", (near_equal(problem(4, 8), 0.5),), length=10),
+        Case("K = 1", (problem(5, 1),), length=3),
+        Case(
+            "mixed temperatures, greedy, one-hot and placeholders, ragged",
+            (
+                plain.with_temperature(0.5),
+                plain.with_temperature(0),
+                one_hot(plain),
+                replace(adversarial(plain), num_placeholders=1),
+            ),
+            length=3,
+            ragged=True,
+        ),
+        Case(
+            "compact draft probabilities, K = 2",
+            (within_vocabulary(plain, vocabulary),),
+            vocabulary=vocabulary,
+        ),
+    ]
+
+
+def check_texts(
+    verifier: Verifier, case: Case, *, samples: int = 200_000, false_alarm: float = 1e-6
+) -> list[str]:
+    """What is wrong with the law of a verifier's texts; empty when nothing is.
+
+    Args:
+        verifier: Examined through `verify`, in float32 as served.
+        case: What it is given.
+        samples: Texts of each problem.
+        false_alarm: Chance that a right verifier is accused, over all comparisons of the case.
+    """
+    texts = generate(
+        verifier,
+        case.problems,
+        samples=samples,
+        length=case.length,
+        ragged=case.ragged,
+        vocabulary=case.vocabulary,
+    )
+    fits = [
+        replace(fit, what=f"{case.name}, problem {i}, {fit.what}")
+        for i, (problem, drawn) in enumerate(zip(case.problems, texts, strict=True))
+        for fit in goodness_of_fit(problem, drawn)
+    ]
+    return [str(fit) for fit in failures(fits, false_alarm)]
+
+
+def assert_lossless(
+    verifier: Verifier,
+    *,
+    samples: int = 200_000,
+    false_alarm: float = 1e-6,
+    cases: Sequence[Case] | None = None,
+) -> None:
+    """The verifier reproduces the target's law.
+
+    By enumeration where it says what it draws from, and by chi-square on generated texts.
+
+    Args:
+        verifier: Built on `toy_context()` or the like.
+        samples: Texts of each problem; a bias of a few thousandths needs 200,000.
+        false_alarm: Chance that a right verifier fails, over the whole call.
+        cases: Simulated cases; None: `simulation_cases()`.
+
+    Raises:
+        AssertionError: Saying which law is off, by how much, and what noise would explain.
+    """
+    if has_exact_law(verifier):
+        for case in enumeration_cases():
+            error = enumeration_error(verifier, case.problems, case.vocabulary)
+            assert error <= TOLERANCE, (
+                f"{case.name}: the output's law, enumerated, is off by {error:.2e}"
+            )
+    cases = simulation_cases() if cases is None else cases
+    wrong = [
+        line
+        for case in cases
+        for line in check_texts(
+            verifier, case, samples=samples, false_alarm=false_alarm / len(cases)
+        )
+    ]
+    assert not wrong, (
+        f"not the target's law (false alarm {false_alarm:.0e} in all):\n  " + "\n  ".join(wrong)
+    )
+
+
+def assert_price_is_measured(verifier: Verifier) -> None:
+    """The `extra_acceptance` a verifier reports is its distance to the target's law, exactly.
+
+    Raises:
+        AssertionError: It reports more or less, or cannot be enumerated.
+    """
+    assert has_exact_law(verifier), "override accepted_law and residual together with verify"
+    for seed in range(20):
+        plain = random_problem(seed, num_draft=1, order=1)
+        for problem in (plain, adversarial(plain), truncated_draft(plain, 0.7)):
+            distance = total_variation(verifier, problem)
+            price = expected_extra_acceptance(verifier, problem)
+            assert abs(distance - price) <= TOLERANCE, (
+                f"seed {seed}: reports an extra acceptance of {price:.6f}, "
+                f"but its total variation is {distance:.6f}"
+            )
+
+
+def assert_keeps_its_guarantee(verifier: Verifier, *, samples: int = 200_000) -> None:
+    """What `guarantee` promises: the target's law, or a price that is measured right."""
+    if verifier.guarantee is Guarantee.LOSSLESS:
+        assert_lossless(verifier, samples=samples)
+    else:
+        assert_price_is_measured(verifier)
+
+
+def build_verifier(name: str, options: str = "{}") -> Verifier:
+    """A verifier on toy facts.
+
+    Args:
+        name: A registered name, or `module:Class`.
+        options: JSON object of its options.
+
+    Raises:
+        SpecPluginsError: There is none of that name, or it does not meet its contract.
+        pydantic.ValidationError: The options are not its own.
+    """
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        plugin = getattr(import_module(module), attribute, None)
+        problem = contract_problem(Kind.VERIFIER, plugin)
+        if problem is not None:
+            raise PluginError(f"{name} cannot be used: {problem}.")
+        assert plugin is not None
+    else:
+        plugin = installed().load(Kind.VERIFIER, name)
+    parsed = plugin.Options.model_validate(json.loads(options))
+    context = toy_context()
+    plugin.check(parsed, context.facts)
+    return plugin(parsed, context)
