@@ -1,0 +1,368 @@
+"""`vllm-spec demo`: three ways of decoding, each on a real server, side by side.
+
+The three servers stay up together and take turns, idle while another is timed, so that
+whatever else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from vllm_spec_plugins.errors import ConfigError, SpecPluginsError, did_you_mean, listed
+
+from .comparison import (
+    ADAPTIVE,
+    NGRAM,
+    PLAIN,
+    WAYS,
+    MarkedToken,
+    Pass,
+    Result,
+    Way,
+    distinct_ngram_share,
+    marks,
+)
+from .server import Server, ServerError, free_ports
+
+PROMPTS = 16
+#: Characters of a held-out file that the model is shown; cut at the end of a line.
+PROMPT_CHARACTERS = 1200
+TOKENS = 128
+#: Room for prompt and continuation under any tokenizer.
+MAX_MODEL_LEN = 1024
+#: Seconds a server may take to start: machines that compile or swap are slow, not broken.
+START_LIMIT = 300.0
+
+LOOPS = (
+    "Greedy decoding by a small model falls into loops, which n-gram drafts predict too easily: "
+    "read every speed-up beside its distinct-8-gram share (real source text: 0.98)."
+)
+THREADS = (
+    "All servers run with NUMBA_NUM_THREADS=1: without it vLLM's ngram is far slower on a CPU "
+    "(`vllm-spec doctor`), so this setting is in its favour."
+)
+
+
+def run(model: str, output: Path, repeats: int, threads: int) -> int:
+    """Everything `vllm-spec demo` does. Returns the exit code."""
+    console = Console()
+    with _terminated_as_interrupted():
+        try:
+            _run(console, model, output, repeats, threads)
+        except (SpecPluginsError, ServerError) as error:
+            console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+            return 1
+        except KeyboardInterrupt:
+            console.print("interrupted; every server has been stopped")
+            return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C: the servers are stopped on the way."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(console: Console, model: str, output: Path, repeats: int, threads: int) -> None:
+    start = time.monotonic()
+    pictures = _pictures()
+    folder, dtype = model_to_serve(model, threads or None)
+    # The front end and the engine's scheduler need a core beside the forward pass.
+    threads = threads or max(1, (os.cpu_count() or 2) - 1)
+    output.mkdir(parents=True, exist_ok=True)
+    trace = output / "step_trace.jsonl"
+    trace.unlink(missing_ok=True)
+    prompts = held_out_prompts(PROMPTS, PROMPT_CHARACTERS)
+    console.print(
+        f"[bold]{model}[/bold]: {len(prompts)} held-out source files, {TOKENS} greedy tokens each, "
+        f"one request at a time, {repeats} passes, {threads} threads per server",
+        highlight=False,
+    )
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    results = {way: Result(way) for way in WAYS}
+    answer_ids: dict[Way, list[str]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(progress)
+        servers = {
+            way: stack.enter_context(_server(way, folder, dtype, port, output, threads, trace))
+            for way, port in zip(WAYS, free_ports(len(WAYS)), strict=True)
+        }
+        _wait(servers, progress)
+        seconds = _warm_up(servers, prompts, progress)
+        left = repeats * sum(seconds)
+        task = progress.add_task(f"timed passes (about {left:.0f} s)", total=repeats * len(WAYS))
+        for turn in range(repeats):
+            for i in range(len(WAYS)):
+                way = WAYS[(turn + i) % len(WAYS)]  # nobody always goes first
+                one, answer_ids[way] = timed_pass(servers[way], prompts)
+                results[way].passes.append(one)
+                progress.advance(task)
+        shown = _typical(results[ADAPTIVE])
+        tokens = results[ADAPTIVE].passes[-1].completions[shown]
+        marked = _mark(servers[ADAPTIVE], trace, answer_ids[ADAPTIVE][shown], tokens)
+
+    rows = [results[way].row(results[PLAIN], results[NGRAM]) for way in WAYS]
+    _write_rows(output / "rows.jsonl", rows, Path(model).name, dtype, threads)
+    console.print(table(rows, model))
+    console.print(Text(f"{LOOPS}\n{THREADS}", style="dim"))
+    console.print(continuation(prompts[shown], marked))
+    saved = [
+        pictures.comparison(rows, model, LOOPS, output / "comparison.png"),
+        pictures.continuation(prompts[shown], marked, model, output / "continuation.png"),
+    ]
+    files = " and ".join(str(path) for path in saved)
+    console.print(f"{files}  ({time.monotonic() - start:.0f} s in all)", highlight=False)
+
+
+def _pictures() -> Any:
+    """The module that draws, or one error before anything is started."""
+    try:
+        from . import pictures
+    except ImportError as error:
+        raise ConfigError(
+            f"the demo draws with matplotlib, which cannot be imported ({error}). "
+            'Install the extra [demo]: pip install "vllm-spec-plugins[demo]".'
+        ) from None
+    return pictures
+
+
+def model_to_serve(model: str, threads: int | None) -> tuple[Path, str]:
+    """A model's folder and precision; a model of the zoo is trained first if need be.
+
+    In float32 greedy text is the same however the batch is shaped. Models from elsewhere keep
+    the precision their authors chose.
+    """
+    from vllm_spec_plugins import zoo
+
+    if model in zoo.RECIPES:
+        return zoo.ensure(model, threads), "float32"
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve(), "auto"
+    raise ConfigError(
+        f'"{model}" is neither a model of the zoo nor a folder with a config.json.'
+        f"{did_you_mean(model, zoo.RECIPES)} Of the zoo: {listed(zoo.RECIPES)}."
+    )
+
+
+def held_out_prompts(count: int, characters: int) -> list[str]:
+    """Beginnings of source files that no model of the zoo has seen, whole lines."""
+    from vllm_spec_plugins.zoo import corpus
+
+    long_enough = [f.text for f in corpus.held_out_files() if len(f.text) > 2 * characters]
+    return [text[:characters].rpartition("\n")[0] + "\n" for text in long_enough[:count]]
+
+
+def _server(
+    way: Way, folder: Path, dtype: str, port: int, output: Path, threads: int, trace: Path
+) -> Server:
+    arguments = [
+        str(folder),
+        "--served-model-name=demo",
+        f"--dtype={dtype}",
+        "--enforce-eager",
+        f"--max-model-len={MAX_MODEL_LEN}",
+        "--max-num-seqs=4",
+        "--disable-uvicorn-access-log",
+    ]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "NUMBA_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if way.speculative_config is not None:
+        arguments += ["--speculative-config", json.dumps(way.speculative_config)]
+    if way is ADAPTIVE:
+        environment["VLLM_SPEC_PLUGINS_TRACE"] = str(trace.resolve())
+    name = way.name.replace(" ", "_").replace("'", "")
+    return Server(arguments, port=port, log=output / f"{name}.log", environment=environment)
+
+
+def _wait(servers: dict[Way, Server], progress: Progress) -> None:
+    task = progress.add_task("starting servers (about 40 s)", total=len(servers))
+    waiting = dict(servers)
+    deadline = time.monotonic() + START_LIMIT
+    while waiting:
+        for way in [way for way, server in waiting.items() if server.is_ready()]:
+            del waiting[way]
+            progress.advance(task)
+        if waiting and time.monotonic() > deadline:
+            next(iter(waiting.values())).wait_until_ready(0)
+        time.sleep(0.2)
+
+
+def _warm_up(servers: dict[Way, Server], prompts: Sequence[str], progress: Progress) -> list[float]:
+    """One pass each, thrown away. Returns what it took, in seconds."""
+    task = progress.add_task("warming up", total=len(servers))
+    seconds = []
+    for server in servers.values():
+        seconds.append(timed_pass(server, prompts)[0].seconds)
+        progress.advance(task)
+    return seconds
+
+
+def timed_pass(server: Server, prompts: Sequence[str]) -> tuple[Pass, list[str]]:
+    """All prompts, one after the other; and the ids of the answers."""
+    before = server.counters()
+    answers = []
+    start = time.perf_counter()
+    for prompt in prompts:
+        body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        answers.append(server.post("/v1/completions", {**body, "return_token_ids": True}))
+    seconds = time.perf_counter() - start
+    after = server.counters()
+
+    def counted(name: str) -> int:
+        return round(after.get(name, 0.0) - before.get(name, 0.0))
+
+    return Pass(
+        seconds=seconds,
+        completions=tuple(tuple(a["choices"][0]["token_ids"]) for a in answers),
+        steps=counted("vllm:iteration_tokens_total_count"),
+        drafts=counted("vllm:spec_decode_num_drafts_total"),
+        drafted=counted("vllm:spec_decode_num_draft_tokens_total"),
+        accepted=counted("vllm:spec_decode_num_accepted_tokens_total"),
+    ), [answer["id"] for answer in answers]
+
+
+def _typical(result: Result) -> int:
+    """The prompt whose continuation has the median distinct-8-gram share: no cherry-picking."""
+    completions = result.passes[-1].completions
+    order = sorted(range(len(completions)), key=lambda i: distinct_ngram_share([completions[i]], 8))
+    return order[len(order) // 2]
+
+
+def _mark(server: Server, trace: Path, answer_id: str, tokens: Sequence[int]) -> list[MarkedToken]:
+    """One continuation, token by token, from the step trace."""
+    lines = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+    # The last step may have drafted past the end of the answer.
+    marked = marks(lines, answer_id)[: len(tokens)]
+    if [token for token, _ in marked] != list(tokens):
+        raise ServerError(f"the step trace {trace} does not hold the tokens the server answered")
+    pieces: list[MarkedToken] = []
+    shown = ""
+    for i, (_, accepted) in enumerate(marked):
+        text = server.post("/detokenize", {"model": "demo", "tokens": tokens[: i + 1]})["prompt"]
+        # A character of several tokens appears with its last one.
+        text = text if not text.endswith("\ufffd") else shown
+        pieces.append(MarkedToken(text[len(shown) :], accepted))
+        shown = text
+    return pieces
+
+
+def table(rows: Sequence[dict[str, Any]], model: str) -> Table:
+    """The comparison, for a terminal."""
+    shown = Table(title=f"{model}, greedy, one request at a time", title_justify="left")
+    shown.add_column("")
+    for header in (
+        "tokens/s\n(slowest-fastest)",
+        "over\nplain",
+        "over vLLM's\nngram",
+        "acceptance\nlength",
+        "tokens\nper step",
+        "accepted /\ndrafted",
+        "distinct\n8-grams",
+        "same text\nas plain",
+    ):
+        shown.add_column(header, justify="right")
+    for row in rows:
+        length = row["acceptance_length"]
+        same = row["same_text"] == row["prompts"]
+        shown.add_row(
+            row["way"],
+            f"[bold]{row['tokens_per_second']:.0f}[/bold] "
+            f"({row['slowest_pass']:.0f}-{row['fastest_pass']:.0f})",
+            f"{row['speed_over_plain']:.2f}x",
+            f"{row['speed_over_vllm_ngram']:.2f}x",
+            f"{length:.2f}" if length is not None else "-",
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['accepted']} / {row['drafted']}" if row["drafted"] else "-",
+            f"{row['distinct_8gram_share']:.2f}",
+            "[green]yes[/green]" if same else f"{row['same_text']} of {row['prompts']}",
+        )
+    return shown
+
+
+def continuation(prompt: str, marked: Sequence[MarkedToken]) -> Text:
+    """The end of the prompt and its continuation; drafted-and-accepted tokens in green."""
+    drafted = sum(token.accepted for token in marked)
+    text = Text()
+    text.append(
+        f"\nOne continuation (the prompt of median distinct-8-gram share): {drafted} of "
+        f"{len(marked)} tokens were drafted by ngram_adaptive and accepted ",
+        style="bold",
+    )
+    text.append("like this", style="black on green").append("\n")
+    text.append("\n".join(prompt.splitlines()[-4:]) + "\n", style="dim")
+    for token in marked:
+        # A background on a line break would colour the rest of the line.
+        for piece in token.text.splitlines(keepends=True):
+            line = piece.rstrip("\n")
+            text.append(line, style="black on green" if token.accepted else "")
+            text.append(piece[len(line) :])
+    return text.append("\n")
+
+
+def _write_rows(
+    path: Path, rows: Sequence[dict[str, Any]], model: str, dtype: str, threads: int
+) -> None:
+    """One JSON line per way of decoding, with what it takes to judge it."""
+    versions = {"python": platform.python_version()}
+    for package in ("vllm-spec-plugins", "vllm", "vllm-cpu", "torch", "numba"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    about = {
+        "model": model,
+        "dtype": dtype,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "tokens_per_prompt": TOKENS,
+        "versions": versions,
+    }
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **about}) + "\n")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
