@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -28,19 +27,22 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one verification step did. Arrays are on the host.
+    """What one verification step did, for the R requests that sampled a token. On the host.
+
+    Lists, not arrays: at the batch sizes of one step they are what costs least to build.
 
     Attributes:
         proposer: Name of the method that drafted.
-        request_ids: `[R]` every request that sampled a token in the step.
+        request_ids: `[R]`.
         verifiers: `[R]` name of the verifier used for each.
         num_draft: `[R]` draft tokens verified.
         num_accepted: `[R]` of those, accepted.
-        token_ids: `[R, K+1]` emitted tokens: accepted drafts, the token after them, -1s.
-        sources: Names of who drafted.
-        source_of: `[R, K]` int8 index into `sources`, -1 where nothing was drafted.
+        token_ids: `[R]` lists of the tokens emitted: accepted drafts, then the token after them.
+        sources: Names of who may have drafted.
+        source_of: `[R, K]` int8, index into `sources` of who drafted each token, or None where
+            there is one source only. Columns past `num_draft` mean nothing.
         extra_acceptance: `[R]` total-variation price paid by a relaxed verifier, summed over
             the positions of the step; None when all were lossless.
     """
@@ -48,23 +50,30 @@ class StepRecord:
     proposer: str
     request_ids: Sequence[str]
     verifiers: Sequence[str]
-    num_draft: NDArray[np.int64]
-    num_accepted: NDArray[np.int64]
-    token_ids: NDArray[np.int64]
+    num_draft: Sequence[int]
+    num_accepted: Sequence[int]
+    token_ids: Sequence[Sequence[int]]
     sources: tuple[str, ...]
-    source_of: NDArray[np.int8]
-    extra_acceptance: NDArray[np.float64] | None
+    source_of: NDArray[np.int8] | None
+    extra_acceptance: Sequence[float] | None
 
-    @cached_property
+    def sources_of_request(self, row: int) -> list[str]:
+        """Who drafted each verified draft token of one request."""
+        count = self.num_draft[row]
+        if self.source_of is None:
+            return [self.sources[0]] * count
+        return [self.sources[i] for i in self.source_of[row, :count].tolist()]
+
     def accepted_by_source(self) -> dict[str, int]:
         """Accepted draft tokens of each source."""
-        import numpy as np
-
-        if not self.source_of.size:
-            return {}
-        stands = np.arange(self.source_of.shape[1]) < self.num_accepted[:, None]
-        counts = np.bincount(self.source_of[stands & (self.source_of >= 0)])
-        return {name: int(n) for name, n in zip(self.sources, counts, strict=False) if n}
+        if self.source_of is None:
+            return {self.sources[0]: sum(self.num_accepted)}
+        accepted = [
+            source
+            for row, count in zip(self.source_of.tolist(), self.num_accepted, strict=True)
+            for source in row[:count]
+        ]
+        return {name: accepted.count(i) for i, name in enumerate(self.sources)}
 
 
 @hookspec

@@ -50,29 +50,20 @@ class StepTrace:
     @hookimpl
     def spec_step_finished(self, step: StepRecord) -> None:
         self._steps += 1
-        rows = zip(
-            step.request_ids,
-            step.verifiers,
-            step.num_draft.tolist(),
-            step.num_accepted.tolist(),
-            step.token_ids.tolist(),
-            step.source_of.tolist(),
-            strict=True,
-        )
-        for i, (request_id, verifier, drafted, accepted, tokens, sources) in enumerate(rows):
+        for i, request_id in enumerate(step.request_ids):
             price = {}
             if step.extra_acceptance is not None:
-                price["extra_acceptance"] = float(step.extra_acceptance[i])
+                price["extra_acceptance"] = step.extra_acceptance[i]
             self._write(
                 event="step",
                 step=self._steps,
                 request_id=request_id,
                 proposer=step.proposer,
-                verifier=verifier,
-                drafted=drafted,
-                accepted=accepted,
-                token_ids=[token for token in tokens if token >= 0],
-                sources=[step.sources[source] for source in sources if source >= 0],
+                verifier=step.verifiers[i],
+                drafted=step.num_draft[i],
+                accepted=step.num_accepted[i],
+                token_ids=list(step.token_ids[i]),
+                sources=step.sources_of_request(i),
                 **price,
             )
 

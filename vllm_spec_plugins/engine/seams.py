@@ -149,7 +149,6 @@ SEAMS: tuple[Seam, ...] = (
             "effective_drafter_max_model_len",
             "execute_model_state",
             "input_batch",
-            "positions",
             "rejection_sampler",
             "requests",
             "sampler",
@@ -214,7 +213,6 @@ SEAMS: tuple[Seam, ...] = (
         "which rows of the logits belong to which draft token",
         (
             "draft_token_ids",
-            "logits_indices",
             "num_draft_tokens",
             "target_logits_indices",
         ),

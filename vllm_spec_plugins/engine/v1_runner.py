@@ -188,11 +188,13 @@ class V1Adapter:
         states = [(request_id, self.requests[request_id]) for request_id in ids]
         return states + [("", self.requests[""])] * (count - len(states))
 
-    def first_draft_positions(self, metadata: Any, num_draft: Tensor) -> Tensor:
-        """`[R]` sequence position of the first draft token (or of the token to draw)."""
-        rows = num_draft + 1
-        first = metadata.logits_indices[rows.cumsum(0) - rows]
-        return self.runner.positions[first].long() + 1
+    def first_draft_positions(self, count: int) -> Tensor:
+        """`[R]` sequence position of the first draft token (or of the token to draw).
+
+        The bookkeeping of the step has not run yet, so it is the number of known tokens.
+        """
+        known = self.runner.input_batch.num_tokens_no_spec[:count].astype(np.int64)
+        return torch.from_numpy(known).to(self.runner.device)
 
     def draft_hidden_states(self, metadata: Any) -> Tensor | None:
         """`[N, H]` the target's final hidden state at each draft token."""
@@ -444,54 +446,44 @@ class V1Adapter:
             return
         ids = self.runner.input_batch.req_ids
         names = [ids[row] for row in rows]
-        drafted = np.array([num_draft[row] for row in rows], dtype=np.int64)
-        emitted = np.array([len(sampled_token_ids[row]) for row in rows], dtype=np.int64)
-        accepted = np.minimum(emitted - 1, drafted)
-        if self._has_length_control and drafted.any():
-            had = drafted > 0
-            self.length_control.observe(
-                [name for name, h in zip(names, had.tolist(), strict=True) if h],
-                drafted[had],
-                accepted[had],
+        drafted = [num_draft[row] for row in rows]
+        emitted = [sampled_token_ids[row] for row in rows]
+        # A stop token cannot shorten this: the scheduler cuts the text, not the verification.
+        accepted = [len(tokens) - 1 for tokens in emitted]
+        if self._has_length_control:
+            had = [i for i, count in enumerate(drafted) if count]
+            if had:
+                self.length_control.observe(
+                    [names[i] for i in had],
+                    np.array([drafted[i] for i in had], dtype=np.int64),
+                    np.array([accepted[i] for i in had], dtype=np.int64),
+                )
+        if self._is_first_rank:
+            self._tell(
+                "spec_step_finished",
+                step=StepRecord(
+                    proposer=self.proposer_name,
+                    request_ids=names,
+                    verifiers=[self.requests[name].verifier or "vllm" for name in names],
+                    num_draft=drafted,
+                    num_accepted=accepted,
+                    token_ids=emitted,
+                    sources=(self._draft.sources if self._draft else ()) or (self.proposer_name,),
+                    source_of=self._source_of(names),
+                    extra_acceptance=self._extra_acceptance(rows, num_draft),
+                ),
             )
-        if not self._is_first_rank:
-            return
-        verifiers = [self.requests[name].verifier or "vllm" for name in names]
-        token_ids = np.full((len(rows), int(emitted.max())), -1, dtype=np.int64)
-        for i, row in enumerate(rows):
-            token_ids[i, : emitted[i]] = sampled_token_ids[row]
-        self._tell(
-            "spec_step_finished",
-            step=StepRecord(
-                proposer=self.proposer_name,
-                request_ids=names,
-                verifiers=verifiers,
-                num_draft=drafted,
-                num_accepted=accepted,
-                token_ids=token_ids,
-                sources=self._sources(),
-                source_of=self._source_of(names, drafted),
-                extra_acceptance=self._extra_acceptance(rows, num_draft),
-            ),
-        )
 
-    def _sources(self) -> tuple[str, ...]:
-        return (self._draft.sources if self._draft else ()) or (self.proposer_name,)
-
-    def _source_of(self, names: Sequence[str], drafted: NDArray[np.int64]) -> NDArray[np.int8]:
-        """`[R, K]` who drafted each verified token, -1 where none was."""
-        width = int(drafted.max(initial=0))
-        source_of = np.zeros((len(names), width), dtype=np.int8)
+    def _source_of(self, names: Sequence[str]) -> NDArray[np.int8] | None:
+        """`[R, K]` who drafted each token of the step's drafts."""
         kept = self._draft.source_of if self._draft else None
-        if kept is not None:
-            rows = [self._row_in_draft.get(name, 0) for name in names]
-            source_of[:, : kept.shape[1]] = kept[rows, :width]
-        source_of[np.arange(width) >= drafted[:, None]] = -1
-        return source_of
+        if kept is None:
+            return None
+        return kept[[self._row_in_draft.get(name, 0) for name in names]]
 
     def _extra_acceptance(
         self, rows: Sequence[int], num_draft: Sequence[int]
-    ) -> NDArray[np.float64] | None:
+    ) -> list[float] | None:
         """`[R]` price of the step, summed over its positions."""
         extra = self._verification.extra_acceptance if self._verification else None
         if extra is None:
@@ -499,7 +491,7 @@ class V1Adapter:
         ends = np.cumsum(num_draft)
         sums = np.concatenate([[0.0], extra.double().cumsum(0).cpu().numpy()])
         per_request = sums[ends] - sums[ends - np.asarray(num_draft)]
-        return per_request[list(rows)]
+        return per_request[list(rows)].tolist()
 
     def _tell(self, hook: str, **what: Any) -> None:
         """An observer that fails is unregistered; serving goes on."""

@@ -199,7 +199,7 @@ class VerifierBridge(RejectionSampler):
             streams=torch.tensor(
                 [state.stream for _, state in requests], dtype=torch.int64, device=device
             ),
-            positions=adapter.first_draft_positions(metadata, self._num_draft),
+            positions=adapter.first_draft_positions(len(requests)),
             hidden_states=(
                 adapter.draft_hidden_states(metadata) if self.needs_hidden_states else None
             ),
