@@ -1,1 +1,85 @@
-"""Small real models, trained on this machine: for the demo, the tests and the benchmarks."""
+"""Small real models, trained on this machine from its own Python's source code.
+
+    from vllm_spec_plugins import zoo
+    folder = zoo.ensure("nano")     # about two minutes the first time, then from the cache
+    LLM(str(folder), dtype="float32")
+
+Serve them with `dtype="float32"`: vLLM's "auto" would turn them to bfloat16, in which equal
+texts cannot be expected of differently shaped batches.
+
+Importing this package loads neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_spec_plugins.errors import SpecPluginsError, did_you_mean, listed
+
+from .recipes import RECIPES, Architecture, ExpandedRecipe, TextRecipe
+
+__all__ = [
+    "RECIPES",
+    "Architecture",
+    "ExpandedRecipe",
+    "TextRecipe",
+    "card",
+    "describe",
+    "ensure",
+    "recipe",
+]
+
+
+def ensure(name: str, threads: int | None = None) -> Path:
+    """The folder of a model that vLLM can serve, built first if the cache has none.
+
+    Safe to call from several processes: one builds, the others wait. A killed build goes on
+    where it was.
+
+    Args:
+        name: One of `RECIPES`.
+        threads: For building; None leaves torch's own setting (`OMP_NUM_THREADS`).
+
+    Raises:
+        SpecPluginsError: No such model.
+    """
+    from .build import build
+
+    return build(recipe(name), threads)
+
+
+def recipe(name: str) -> TextRecipe | ExpandedRecipe:
+    """The recipe of that name.
+
+    Raises:
+        SpecPluginsError: There is none.
+    """
+    if name not in RECIPES:
+        raise SpecPluginsError(
+            f'no model "{name}" in the zoo.{did_you_mean(name, RECIPES)} Known: {listed(RECIPES)}'
+        )
+    return RECIPES[name]
+
+
+def describe(name: str) -> str:
+    """One line for people: what it is, how large, how long it takes to build.
+
+    Raises:
+        SpecPluginsError: No such model.
+    """
+    chosen = recipe(name)
+    size = chosen.architecture.num_parameters / 1e6
+    return (
+        f"{chosen.name}: {chosen.summary}; {size:.3g} million parameters, "
+        f"{chosen.architecture.num_layers} layers, about {chosen.minutes:g} minutes to build"
+        " on four cores"
+    )
+
+
+def card(name: str) -> dict[str, Any]:
+    """What was measured when the model was built; builds it if need be. Keys: see `build.py`."""
+    from .build import CARD
+
+    return json.loads((ensure(name) / CARD).read_text())

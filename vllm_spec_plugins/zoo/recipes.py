@@ -1,0 +1,209 @@
+"""What each model of the zoo is, and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A Llama with its own output head (not tied to the embedding)."""
+
+    vocabulary: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_positions: int = 2048
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights, embedding and head included."""
+        queries, keys = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        per_unit = 2 * queries + 2 * keys + 3 * self.intermediate_size + 2  # 2: the norms
+        return self.hidden_size * (self.num_layers * per_unit + 2 * self.vocabulary + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecipe:
+    """A model trained from scratch on the corpus.
+
+    Attributes:
+        name: What `ensure` is asked for.
+        summary: One sentence for people.
+        architecture: The model.
+        exits: Layer counts after which a usable draft comes out, in rising order.
+        steps: Updates.
+        batch_size: Windows per step.
+        sequence_length: Tokens per window.
+        lr: Peak of AdamW's learning rate, for embedding, head and norms.
+        matrix_lr: Peak of Muon's, for the matrices inside the layers.
+        minutes: Expected time to build on four cores, nothing else running.
+        weight_decay: Of Muon.
+        exit_weight: Of the exit's loss beside the last layer's.
+        exit_stride: The exit learns from every so-manieth position.
+        training_bytes: Text to learn from, in whole files; None is all of it.
+        checkpoint_every: Steps between checkpoints.
+        seed: Of weights and order of text.
+    """
+
+    name: str
+    summary: str
+    architecture: Architecture
+    exits: tuple[int, ...]
+    steps: int
+    batch_size: int
+    sequence_length: int
+    lr: float
+    matrix_lr: float
+    minutes: float
+    weight_decay: float = 0.1
+    exit_weight: float = 0.5
+    exit_stride: int = 2
+    training_bytes: int | None = None
+    checkpoint_every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandedRecipe:
+    """A trained model made to cost more and compute the same: a cost device (`expansion.py`).
+
+    Attributes:
+        name: What `ensure` is asked for.
+        summary: One sentence for people.
+        source: Name of the recipe it is expanded from.
+        architecture: What it costs.
+        minutes: Expected time to build when the source is there.
+        seed: Of the weights that contribute nothing.
+    """
+
+    name: str
+    summary: str
+    source: str
+    architecture: Architecture
+    minutes: float
+    seed: int = 0
+
+
+_NANO = Architecture(
+    vocabulary=8192,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=4,
+    num_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+)
+_SMALL = Architecture(
+    vocabulary=8192,
+    hidden_size=384,
+    intermediate_size=1024,
+    num_layers=8,
+    num_heads=6,
+    num_key_value_heads=2,
+    head_dim=64,
+)
+_TINY = Architecture(
+    vocabulary=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+)
+
+RECIPES: dict[str, TextRecipe | ExpandedRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        TextRecipe(
+            name="tiny",
+            summary="for tests of the zoo itself: seconds to train, no use as a model",
+            architecture=_TINY,
+            exits=(1,),
+            steps=20,
+            batch_size=4,
+            sequence_length=64,
+            lr=1e-3,
+            matrix_lr=0.01,
+            minutes=0.1,
+            training_bytes=300_000,
+            checkpoint_every=5,
+        ),
+        TextRecipe(
+            name="nano",
+            summary="the default of demo and tests, and the draft model of `small`",
+            architecture=_NANO,
+            exits=(2,),
+            steps=360,
+            batch_size=4,
+            sequence_length=256,
+            lr=1e-3,
+            matrix_lr=0.01,
+            minutes=2,
+        ),
+        TextRecipe(
+            name="small",
+            summary="the better model, for measurements of acceptance",
+            architecture=_SMALL,
+            exits=(2, 4, 6),
+            steps=800,
+            batch_size=8,
+            sequence_length=256,
+            lr=1e-3,
+            matrix_lr=0.01,
+            minutes=12,
+            checkpoint_every=25,
+        ),
+        ExpandedRecipe(
+            name="expanded",
+            summary="cost device: `small` at the cost of 0.3 billion parameters, same text",
+            source="small",
+            architecture=Architecture(
+                vocabulary=8192,
+                hidden_size=1536,
+                intermediate_size=3584,
+                num_layers=16,
+                num_heads=24,
+                num_key_value_heads=8,
+                head_dim=64,
+            ),
+            minutes=0.5,
+        ),
+        ExpandedRecipe(
+            name="expanded-nano",
+            summary="cost device: `nano` at the cost of 0.1 billion parameters, same text",
+            source="nano",
+            architecture=Architecture(
+                vocabulary=8192,
+                hidden_size=1024,
+                intermediate_size=2048,
+                num_layers=8,
+                num_heads=16,
+                num_key_value_heads=4,
+                head_dim=64,
+            ),
+            minutes=0.2,
+        ),
+        ExpandedRecipe(
+            name="expanded-tiny",
+            summary="for tests of the expansion itself",
+            source="tiny",
+            architecture=Architecture(
+                vocabulary=512,
+                hidden_size=256,
+                intermediate_size=256,
+                num_layers=4,
+                num_heads=6,
+                num_key_value_heads=2,
+                head_dim=32,
+            ),
+            minutes=0.1,
+        ),
+    )
+}
