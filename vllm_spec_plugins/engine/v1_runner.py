@@ -249,13 +249,17 @@ class V1Adapter:
         finally:
             self._state = None
         if state is not None and state.spec_decode_metadata is not None:
-            self._finish_step(state)
+            self._finish_step(state, output)
         self._verification = None
         return output
 
-    def _finish_step(self, state: Any) -> None:
+    def _finish_step(self, state: Any, output: Any) -> None:
         scheduled = state.scheduler_output
         num_draft = state.spec_decode_metadata.num_draft_tokens
+        if self.proposer is None:
+            # vLLM's own methods may draft before the step's tokens are known to the host, or
+            # not be asked at all.
+            self._record(output.sampled_token_ids, num_draft)
         if self._has_length_control and scheduled.total_num_scheduled_tokens == sum(
             num_draft
         ) + len(num_draft):  # a prompt in the step would tell nothing about drafts
@@ -276,9 +280,6 @@ class V1Adapter:
         slot_mappings: Any,
     ) -> Any:
         """Wraps `GPUModelRunner.propose_draft_token_ids`; returns lists, empty = no draft."""
-        num_draft = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else []
-        if isinstance(sampled_token_ids, list):
-            self._record(sampled_token_ids, num_draft)
         if self.proposer is None:
             drafts = self._propose_by_vllm(
                 scheduler_output,
@@ -292,6 +293,9 @@ class V1Adapter:
                 slot_mappings,
             )
             return self._limit_vllm_drafts(drafts)
+        num_draft = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else []
+        # Before the next draft replaces the one that was verified.
+        self._record(sampled_token_ids, num_draft)
         limit = scheduler_output.num_spec_tokens_to_schedule
         return self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
 
