@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from .errors import ConfigError
 from .options import PluginOptions
+from .request_table import RequestTable
+from .step_cost import StepCost
 
 if TYPE_CHECKING:
-    from .context import EngineContext
+    from .context import EngineContext, ModelFacts
 
 
 class LengthControlOptions(PluginOptions):
@@ -34,6 +37,10 @@ class LengthController(ABC):
     def __init__(self, options: LengthControlOptions, context: EngineContext) -> None:
         self.options = options
         self.context = context
+
+    @classmethod
+    def check(cls, options: LengthControlOptions, facts: ModelFacts) -> None:
+        """Refuse what the options' types cannot. Raises `SpecPluginsError`."""
 
     @abstractmethod
     def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
@@ -81,3 +88,202 @@ class Fixed(LengthController):
 
     def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
         return np.full(len(request_ids), self.context.facts.num_speculative_tokens, dtype=np.int64)
+
+
+class AdditiveOptions(LengthControlOptions):
+    start: int | None = Field(
+        None, ge=1, description="tokens of a request's first draft; default: maximum"
+    )
+    minimum: int = Field(1, ge=1, description="fewest tokens; with 0 nothing would be learned")
+    maximum: int | None = Field(
+        None, ge=1, description="most tokens; default: num_speculative_tokens"
+    )
+    increase: int = Field(1, ge=1, description="added after a draft that was accepted whole")
+    decrease: int = Field(1, ge=1, description="taken off after any other draft")
+
+
+class Additive(LengthController):
+    """Longer by a step after a draft accepted whole, shorter by a step after any other."""
+
+    Options = AdditiveOptions
+    options: AdditiveOptions
+
+    def __init__(self, options: AdditiveOptions, context: EngineContext) -> None:
+        self.check(options, context.facts)
+        super().__init__(options, context)
+        maximum = options.maximum or context.facts.num_speculative_tokens
+        self._bounds = (options.minimum, maximum)
+        self._lengths = RequestTable([options.start or maximum], context.max_num_requests)
+
+    @classmethod
+    def check(cls, options: LengthControlOptions, facts: ModelFacts) -> None:
+        assert isinstance(options, AdditiveOptions)
+        most = facts.num_speculative_tokens
+        maximum = options.maximum or most
+        if maximum > most:
+            raise ConfigError(
+                f'length_control "additive": maximum is {maximum}, but num_speculative_tokens '
+                f"is {most}. Raise num_speculative_tokens or lower maximum."
+            )
+        start = options.start or maximum
+        if not options.minimum <= start <= maximum:
+            raise ConfigError(
+                f'length_control "additive": start must lie between minimum and maximum, but '
+                f"minimum is {options.minimum}, start {start} and maximum {maximum}."
+            )
+
+    def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
+        rows = self._lengths.rows(request_ids)
+        return self._lengths.values[rows, 0].astype(np.int64)
+
+    def observe(
+        self,
+        request_ids: Sequence[str],
+        drafted: NDArray[np.int64],
+        accepted: NDArray[np.int64],
+    ) -> None:
+        known = self._lengths.known(request_ids)
+        rows = self._lengths.rows([i for i, k in zip(request_ids, known, strict=True) if k])
+        whole = accepted[known] >= drafted[known]
+        change = np.where(whole, self.options.increase, -self.options.decrease)
+        self._lengths.values[rows, 0] = np.clip(
+            self._lengths.values[rows, 0] + change, *self._bounds
+        )
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        self._lengths.forget(request_ids)
+
+
+class ExpectedSpeedupOptions(LengthControlOptions):
+    cost_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="cost of one more draft token (drafting and verifying it) relative to a "
+        "step without drafts; default: measured while serving",
+    )
+    initial_acceptance: float = Field(
+        0.6, gt=0, lt=1, description="acceptance rate assumed before anything was verified"
+    )
+    discount: float = Field(
+        0.95, gt=0, le=1, description="factor on a request's past evidence at each new draft"
+    )
+    prior_strength: float = Field(
+        4.0,
+        gt=0,
+        description="draft tokens' worth of evidence that the mean over all requests counts for",
+    )
+    probe_every: int = Field(
+        16,
+        ge=1,
+        description="where drafting does not pay, one token is drafted every so many steps",
+    )
+
+
+class ExpectedSpeedup(LengthController):
+    """The length k with the largest expected speed-up over not drafting.
+
+    With a the chance that a draft token is accepted and c the cost of one more of them, a
+    draft of k tokens yields (1 - a^(k+1)) / (1 - a) tokens for k c + 1 plain steps (Leviathan
+    et al. 2211.17192). a is measured for each request (accepted tokens against first
+    rejections, discounted) and drawn towards the mean over all requests; c is an option, or
+    fitted to the times of past steps.
+
+    It depends on past verdicts only, and the same history gives the same lengths.
+    """
+
+    Options = ExpectedSpeedupOptions
+    options: ExpectedSpeedupOptions
+
+    #: Columns of the table.
+    _ACCEPTED, _REJECTED, _IDLE = 0, 1, 2
+    #: Discount, at each step, of the mean over all requests.
+    _MEAN_DISCOUNT = 0.99
+
+    def __init__(self, options: ExpectedSpeedupOptions, context: EngineContext) -> None:
+        self.check(options, context.facts)
+        super().__init__(options, context)
+        self._table = RequestTable([0.0, 0.0, 0.0], context.max_num_requests)
+        self._cost = StepCost()
+        self._most = context.facts.num_speculative_tokens
+        #: Steps larger than this hold prompts, whose tokens cost differently.
+        self._largest_step = context.max_num_requests * (self._most + 1)
+        self._accepted, self._rejected = 0.0, 0.0
+        self._steps = 0
+
+    @classmethod
+    def check(cls, options: LengthControlOptions, facts: ModelFacts) -> None:
+        assert isinstance(options, ExpectedSpeedupOptions)
+        if options.cost_ratio is None and facts.tensor_parallel_size > 1:
+            raise ConfigError(
+                'length_control "expected_speedup" measures step times, which differ between the '
+                f"{facts.tensor_parallel_size} tensor-parallel ranks, and ranks must draft the "
+                'same number of tokens. Give it a cost_ratio: {"name": "expected_speedup", '
+                '"cost_ratio": 0.1}.'
+            )
+
+    def acceptance(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
+        """`[R]` estimated chance that a draft token of each request is accepted."""
+        strength, initial = self.options.prior_strength, self.options.initial_acceptance
+        mean = (self._accepted + strength * initial) / (self._accepted + self._rejected + strength)
+        evidence = self._table.values[self._table.rows(request_ids)]
+        accepted, rejected = evidence[:, self._ACCEPTED], evidence[:, self._REJECTED]
+        return (accepted + strength * mean) / (accepted + rejected + strength)
+
+    def cost_ratio(self, num_requests: int) -> float | None:
+        """c with that many requests in the step; None while it is being measured."""
+        if self.options.cost_ratio is not None:
+            return self.options.cost_ratio
+        return self._cost.ratio(num_requests)
+
+    def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
+        self._steps += 1
+        rows = self._table.rows(request_ids)
+        cost = self.cost_ratio(len(rows))
+        if cost is None:
+            # Long and short by turns: steps of one size say nothing about a token's cost.
+            length = self._most if self._steps % 2 else (self._most + 1) // 2
+            return np.full(len(rows), length, dtype=np.int64)
+        lengths = best_lengths(self.acceptance(request_ids), cost, self._most)
+        idle = np.where(lengths == 0, self._table.values[rows, self._IDLE] + 1, 0)
+        probe = idle >= self.options.probe_every
+        self._table.values[rows, self._IDLE] = np.where(probe, 0, idle)
+        return np.where(probe, 1, lengths)
+
+    def observe(
+        self,
+        request_ids: Sequence[str],
+        drafted: NDArray[np.int64],
+        accepted: NDArray[np.int64],
+    ) -> None:
+        rejected = accepted < drafted
+        self._accepted = self._accepted * self._MEAN_DISCOUNT + float(accepted.sum())
+        self._rejected = self._rejected * self._MEAN_DISCOUNT + float(rejected.sum())
+        known = self._table.known(request_ids)
+        rows = self._table.rows([i for i, k in zip(request_ids, known, strict=True) if k])
+        evidence = self._table.values
+        evidence[rows, : self._IDLE] *= self.options.discount
+        evidence[rows, self._ACCEPTED] += accepted[known]
+        evidence[rows, self._REJECTED] += rejected[known]
+
+    def observe_step_time(self, num_tokens: int, seconds: float) -> None:
+        if self.options.cost_ratio is None and num_tokens <= self._largest_step:
+            self._cost.observe(num_tokens, seconds)
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        self._table.forget(request_ids)
+
+
+def best_lengths(
+    acceptance: NDArray[np.float64], cost_ratio: float, most: int
+) -> NDArray[np.int64]:
+    """`[R]` the k in 0..most that maximises (1 - a^(k+1)) / ((1 - a)(k c + 1)), least on ties.
+
+    Args:
+        acceptance: `[R]` a, in [0, 1].
+        cost_ratio: c.
+        most: K.
+    """
+    k = np.arange(most + 1)
+    # The geometric sum term by term: right at a = 1, too.
+    expected_tokens = np.cumsum(acceptance[:, None] ** k, axis=1)
+    return (expected_tokens / (k * cost_ratio + 1)).argmax(axis=1)
