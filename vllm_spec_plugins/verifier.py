@@ -257,6 +257,8 @@ class AcceptanceRule(Verifier):
         return reached * (1 - table)
 
     def verify(self, batch: VerifyInput) -> Verification:
+        if batch.all_greedy and self._matches_exactly:
+            return verify_exact_match(batch)
         accept = self._decided_acceptance(batch)
         stands = accept > 0 if batch.all_greedy else batch.uniforms(Purpose.ACCEPT) < accept
         accepted = leading_run(batch, stands)
@@ -264,6 +266,11 @@ class AcceptanceRule(Verifier):
         if self.guarantee is not Guarantee.LOSSLESS:
             extra = _extra_acceptance(batch, accept, accepted)
         return assemble(batch, accepted, draw_next(batch, accepted, self.residual), extra)
+
+    @property
+    def _matches_exactly(self) -> bool:
+        """Whether greedy requests are left to the default rule."""
+        return type(self).greedy_acceptance is AcceptanceRule.greedy_acceptance
 
     def _decided_acceptance(self, batch: VerifyInput) -> Tensor:
         """`[N]` acceptance of every row: 0 or 1 for greedy requests, 0 for placeholders."""
@@ -276,6 +283,29 @@ class AcceptanceRule(Verifier):
                 matches = self.greedy_acceptance(batch, rows).to(accept.dtype)
                 accept = accept.index_copy(0, rows, matches)
         return torch.where(batch.draft_token_ids >= 0, accept, torch.zeros_like(accept))
+
+
+def verify_exact_match(batch: VerifyInput) -> Verification:
+    """Greedy requests under exact matching, the shortest way.
+
+    The token after the accepted ones is the target's own, and so are the accepted ones: what
+    is emitted is the target's most likely tokens up to the first that the draft missed.
+    """
+    requests, width = len(batch.num_draft), batch.max_num_draft + 1
+    own, bonus = first_argmax(batch.target_logits), first_argmax(batch.bonus_logits)
+    if len(own) == requests * batch.max_num_draft:  # every draft is as long as the longest
+        table = torch.cat([own.view(requests, -1), bonus.unsqueeze(1)], dim=1)
+        stands = (own == batch.draft_token_ids).view(requests, -1)
+    else:
+        rows, columns = batch.request_of, batch.index_in_draft
+        table = own.new_zeros(requests, width)
+        table[rows, columns] = own
+        table.scatter_(1, batch.num_draft.unsqueeze(1), bonus.unsqueeze(1))
+        stands = torch.zeros_like(table, dtype=torch.bool)
+        stands[rows, columns] = own == batch.draft_token_ids
+    accepted = stands.cumprod(dim=1).sum(dim=1)
+    behind = torch.arange(width, device=table.device) > accepted.unsqueeze(1)
+    return Verification(table.masked_fill_(behind, -1), accepted)
 
 
 def token_acceptance(batch: VerifyInput) -> Tensor:
