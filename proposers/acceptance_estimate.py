@@ -56,6 +56,14 @@ def probability(weights, features):
 
 
 @compiled
+def bound(weights, length, best_count, followed, features):
+    """What `probability` cannot exceed whatever the winner's share: cheap, no table is read."""
+    describe(features, length, best_count, followed, np.float32(1 if length >= 2 else -1))
+    features[5] = 1 if weights[5] > 0 and length >= 2 else 0
+    return probability(weights, features)
+
+
+@compiled
 def learn(weights, features, accepted, rate):
     """One step of stochastic gradient on the log loss."""
     step = rate * (np.float32(accepted) - probability(weights, features))

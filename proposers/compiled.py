@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -32,3 +34,37 @@ def address_as_pointer(_context: Any, _address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def prefetch(_context: Any, _address: Any) -> Any:
+    """Start loading the cache line at an int64 address, without waiting for it."""
+
+    def generate(_typing: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        pointer = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number]),
+            "llvm.prefetch.p0",
+        )
+        # To read, keep in every level of the cache, data.
+        builder.call(function, [pointer, number(0), number(3), number(1)])
+
+    return types.void(types.int64), generate
+
+
+@compiled
+def spread(high, low):
+    """63 well-mixed bits of two integers below 2^31, for open-addressing tables."""
+    key = (np.int64(high) << 32) ^ np.int64(low)
+    key *= np.int64(-7046029254386353131)  # 2^64 / golden ratio
+    key ^= (key >> 29) & np.int64(0x7FFFFFFFF)
+    key *= np.int64(-4658895280553007687)
+    return (key >> 1) & np.int64(0x7FFFFFFFFFFFFFFF)
+
+
+@compiled
+def place(bits, size):
+    """A place in a table of any `size` below 2^31."""
+    return ((bits >> 31) * size) >> 32

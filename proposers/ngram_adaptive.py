@@ -87,7 +87,6 @@ class NgramAdaptive(Proposer):
         requests = len(batch.request_ids)
         most = int(batch.max_draft.max(initial=0))
         token_ids = np.full((requests, most), -1, dtype=np.int32)
-        source_of = np.full((requests, most), -1, dtype=np.int8)
         if most > 0:
             history = batch.token_history
             if history.dtype != np.int32 or history.strides[1] != 4:
@@ -106,9 +105,8 @@ class NgramAdaptive(Proposer):
                 self.options.min_acceptance,
                 self.LEARNING_RATE if self.options.adaptation else 0.0,
                 token_ids,
-                source_of,
             )
-        return Draft(token_ids, sources=("own text", "trigram"), source_of=source_of)
+        return Draft(token_ids)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

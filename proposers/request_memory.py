@@ -18,7 +18,7 @@ class RequestMemory:
 
     Attributes:
         addresses: `[slots]` int64, where each slot's block starts; 0 without one.
-        capacities: `[slots]` int64, tokens its block has room for, a power of two or 0.
+        capacities: `[slots]` int64, tokens its block has room for.
     """
 
     def __init__(self, slots: int, bytes_needed: Callable[[int], int]) -> None:
@@ -43,7 +43,8 @@ class RequestMemory:
 
         The caller keeps the old block until its content is moved.
         """
-        capacity = max(SMALLEST, 1 << (num_tokens - 1).bit_length())
+        # A quarter more than asked for: a growing text is moved a few times in its life.
+        capacity = -(-(num_tokens + num_tokens // 4) // SMALLEST) * SMALLEST
         old = self._blocks.get(slot)
         # calloc: large blocks are mapped, not written, so unused room costs nothing.
         block = np.zeros(self._bytes_needed(capacity), dtype=np.uint8)

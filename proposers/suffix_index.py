@@ -13,8 +13,8 @@ length of the text. On the way it
   occurrences of context + token are the occurrences of a node on the new path, so the most
   frequent successor, the most recent among equals, is known without a table of successors.
 
-A drafted token never walks from the root: the winner remembers its last position, whose own
-context node is one or two parents below the context extended by the winner.
+A drafted token never walks from the root: each context remembers the node of itself extended
+by its winner. Neither does an appended token that was the winner.
 
 Chosen over a suffix automaton (its clones copy transitions, and counting needs the same walk
 over suffix links, without a bound on their number in repetitive text) and over hash tables of
@@ -31,7 +31,7 @@ from collections import namedtuple
 import numba
 import numpy as np
 
-from .compiled import address_as_pointer, compiled
+from .compiled import address_as_pointer, compiled, place, spread
 
 #: Longest context the layout has room for; also the padding in front of each text.
 MAX_DEPTH = 128
@@ -48,35 +48,33 @@ NODE = np.dtype(
         ("occurrences", np.int32),
         ("best_token", np.int32),  # its most frequent successor, the latest among equals
         ("best_count", np.int32),
-        ("best_position", np.int32),  # where that successor last stood
+        ("best_node", np.int32),  # at or below the node of the context extended by it
     ]
 )
 CHILD = np.dtype([("parent", np.int32), ("node", np.int32)])  # node 0: empty
 
-#: Memory of one text: `[MAX_DEPTH + capacity]` tokens, the node of each position's context,
-#: the nodes, and the children as an open-addressing table keyed by (parent, first token).
-SuffixIndex = namedtuple("SuffixIndex", "tokens terminals nodes children")
+#: Memory of one text: `[MAX_DEPTH + capacity]` tokens, `[2 * capacity + 1]` nodes, and the
+#: children: an open-addressing table of `[3 * capacity]`, keyed by (parent, first token).
+SuffixIndex = namedtuple("SuffixIndex", "tokens nodes children")
 
-BYTES_PER_TOKEN = 4 + 4 + 2 * NODE.itemsize + 4 * CHILD.itemsize
+NODE_BYTES = NODE.itemsize
+BYTES_PER_TOKEN = 4 + 2 * NODE.itemsize + 3 * CHILD.itemsize
 
 
 def bytes_needed(capacity: int) -> int:
-    """Bytes of an index with room for `capacity` tokens, a power of two: 104 per token."""
-    return 4 * MAX_DEPTH + BYTES_PER_TOKEN * capacity + NODE.itemsize
+    """Bytes of an index with room for `capacity` tokens: 92 per token."""
+    return 4 * MAX_DEPTH + NODE.itemsize + BYTES_PER_TOKEN * capacity
 
 
 @compiled
 def index_at(address, capacity):
-    """The index that lives at `address`; memory that is all zero is an empty one."""
-    tokens = address
-    terminals = tokens + 4 * (MAX_DEPTH + capacity)
-    children = terminals + 4 * capacity
-    nodes = children + 8 * 4 * capacity
+    """The index in the memory at `address`; `clear` it before first use."""
+    nodes = address + 4 * (MAX_DEPTH + capacity)
+    children = nodes + NODE_BYTES * (2 * capacity + 1)
     return SuffixIndex(
-        numba.carray(address_as_pointer(tokens), (MAX_DEPTH + capacity,), np.int32),
-        numba.carray(address_as_pointer(terminals), (capacity,), np.int32),
+        numba.carray(address_as_pointer(address), (MAX_DEPTH + capacity,), np.int32),
         numba.carray(address_as_pointer(nodes), (2 * capacity + 1,), NODE),
-        numba.carray(address_as_pointer(children), (4 * capacity,), CHILD),
+        numba.carray(address_as_pointer(children), (3 * capacity,), CHILD),
     )
 
 
@@ -84,34 +82,30 @@ def index_at(address, capacity):
 def clear(index):
     """Make an empty index. Returns its number of nodes, 1."""
     index.tokens[:MAX_DEPTH] = NO_TOKEN
-    children = index.children
-    for entry in range(len(children)):
-        children[entry].node = 0
+    for entry in range(len(index.children)):
+        index.children[entry].node = 0
     root = index.nodes[ROOT]
     root.parent, root.depth, root.occurrences, root.best_count = ROOT, 0, 0, 0
     return 1
 
 
 @compiled
-def _entry_of(index, parent, token):
+def child_entry(index, parent, token):
     """Where (parent, token) is in the table of children, or the empty place where it belongs."""
     children, nodes = index.children, index.nodes
-    mask = len(children) - 1
-    key = (np.int64(parent) << 32) ^ np.int64(token)
-    key *= np.int64(-7046029254386353131)  # 2^64 / golden ratio
-    key ^= key >> 29
-    key *= np.int64(-4658895280553007687)
-    entry = (key >> 33) & mask
+    entry = place(spread(parent, token), len(children))
     while children[entry].node != 0:
         if children[entry].parent == parent and nodes[children[entry].node].first_token == token:
             break
-        entry = (entry + 1) & mask
+        entry += 1
+        if entry == len(children):
+            entry = 0
     return entry
 
 
 @compiled
 def _adopt(index, parent, token, node):
-    entry = index.children[_entry_of(index, parent, token)]
+    entry = index.children[child_entry(index, parent, token)]
     entry.parent, entry.node = parent, node
 
 
@@ -119,7 +113,6 @@ def _adopt(index, parent, token, node):
 def move(old, new, num_tokens, num_nodes):
     """Copy an index into larger, zeroed memory."""
     new.tokens[: MAX_DEPTH + num_tokens] = old.tokens[: MAX_DEPTH + num_tokens]
-    new.terminals[:num_tokens] = old.terminals[:num_tokens]
     new.nodes[:num_nodes] = old.nodes[:num_nodes]
     for node in range(1, num_nodes):
         _adopt(new, new.nodes[node].parent, new.nodes[node].first_token, node)
@@ -136,7 +129,7 @@ def descend(index, text, end, max_depth, path):
     nodes = index.nodes
     node, length = ROOT, 0
     while nodes[node].depth < max_depth:
-        entry = _entry_of(index, node, text[end - nodes[node].depth])
+        entry = child_entry(index, node, text[end - nodes[node].depth])
         node = index.children[entry].node
         if node == 0:
             break
@@ -157,23 +150,37 @@ def descend(index, text, end, max_depth, path):
 
 
 @compiled
-def append(index, num_tokens, num_nodes, token, max_match, path):
+def append(index, num_tokens, num_nodes, token, max_match, known, matched, path):
     """Index one token; `vote` for it next.
 
+    Args:
+        index: Of the text so far.
+        num_tokens: Tokens in it.
+        num_nodes: Nodes in it.
+        token: The one to append.
+        max_match: Longest context anyone will ask for; one token more is indexed.
+        known: Node of the longest known context that the token completes, if the caller
+            knows it (`extended`), else ROOT: then this walks from the root to find it.
+        matched: Length of that context.
+        path: `[MAX_DEPTH + 2]` int32, written: the nodes of the new context, shortest first.
+
     Returns:
-        Number of nodes, and length of `path`: the nodes of the new context, shortest first.
+        Number of nodes, and length of `path`.
     """
     nodes, max_depth = index.nodes, max_match + 1
     end = MAX_DEPTH + num_tokens
     index.tokens[end] = token
-    length, matched = descend(index, index.tokens, end, max_depth, path)
+    if known != ROOT:
+        length = path_to(index, known, path)
+    else:
+        length, matched = descend(index, index.tokens, end, max_depth, path)
     if length > 0 and matched < nodes[path[length - 1]].depth:
         # The context leaves the tree inside an edge: a new node there takes over the
         # occurrences, and the winner among their successors.
         below, middle = path[length - 1], num_nodes
         num_nodes += 1
         parent = nodes[below].parent
-        index.children[_entry_of(index, parent, nodes[below].first_token)].node = middle
+        index.children[child_entry(index, parent, nodes[below].first_token)].node = middle
         nodes[middle] = nodes[below]
         nodes[middle].depth = matched
         nodes[below].parent = middle
@@ -183,61 +190,83 @@ def append(index, num_tokens, num_nodes, token, max_match, path):
     if matched < max_depth:
         leaf = num_nodes
         num_nodes += 1
-        parent = path[length - 1] if length > 0 else ROOT
         node = nodes[leaf]
-        node.parent, node.depth, node.position = parent, max_depth, num_tokens
+        node.parent = path[length - 1] if length > 0 else ROOT
+        node.depth, node.position = max_depth, num_tokens
         node.first_token = index.tokens[end - matched]
-        node.occurrences, node.best_token, node.best_count = 0, NO_TOKEN, 0
-        node.best_position = -1
-        _adopt(index, parent, node.first_token, leaf)
+        node.occurrences, node.best_count = 0, 0
+        node.best_token, node.best_node = NO_TOKEN, ROOT
+        _adopt(index, node.parent, node.first_token, leaf)
         path[length] = leaf
         length += 1
     for step in range(length):
         nodes[path[step]].occurrences += 1
-    index.terminals[num_tokens] = path[length - 1]
     return num_nodes, length
 
 
 @compiled
-def vote(index, position, max_match, path, length):
-    """Count the token at `position`, just appended along `path`, for all contexts before it."""
-    nodes = index.nodes
-    token = index.tokens[MAX_DEPTH + position]
-    node, step = index.terminals[position - 1], length - 1
+def vote(index, node, token, max_match, path, length):
+    """Count a token, just appended along `path`, for every context that it followed.
+
+    Args:
+        index: Of the text with the token.
+        node: Deepest node of the context before the token.
+        token: The token.
+        max_match: Longest context that has a vote.
+        path: From `append`.
+        length: From `append`.
+    """
+    nodes, step = index.nodes, length - 1
     while node != ROOT:
         parent = nodes[node].parent
         if nodes[parent].depth < max_match:
-            extended = min(nodes[node].depth, max_match) + 1
-            while step > 0 and nodes[path[step - 1]].depth >= extended:
+            after = min(nodes[node].depth, max_match) + 1
+            while step > 0 and nodes[path[step - 1]].depth >= after:
                 step -= 1
             count = nodes[path[step]].occurrences
             if count >= nodes[node].best_count:
                 nodes[node].best_token = token
                 nodes[node].best_count = count
-                nodes[node].best_position = position
+                nodes[node].best_node = path[step]
         node = parent
 
 
 @compiled
 def path_to(index, node, path):
-    """Write the nodes from `node` up to the root's child, deepest first. Returns how many."""
-    length = 0
-    while node != ROOT:
-        path[length] = node
+    """Write the nodes from the root's child down to `node`. Returns how many."""
+    length, above = 0, node
+    while above != ROOT:
         length += 1
+        above = index.nodes[above].parent
+    for step in range(length - 1, -1, -1):
+        path[step] = node
         node = index.nodes[node].parent
     return length
 
 
 @compiled
-def longest_repeated(index, position, max_match):
-    """The longest context at the end of the text, which ends at `position`, that came before.
+def extended(index, node, length):
+    """The node of a context followed by its winner, `length` tokens together."""
+    nodes = index.nodes
+    node = nodes[node].best_node
+    while nodes[nodes[node].parent].depth >= length:
+        node = nodes[node].parent
+    return node
+
+
+@compiled
+def longest_repeated(index, node, max_match):
+    """The longest context at the end of the text that came before.
+
+    Args:
+        index: Of the text.
+        node: Deepest node of the text's last context.
+        max_match: Longest context wanted.
 
     Returns:
         Its node, or ROOT, and how often it came before: how often something followed it.
     """
     nodes = index.nodes
-    node = index.terminals[position]
     while node != ROOT:
         parent = nodes[node].parent
         if nodes[node].occurrences > 1 and nodes[parent].depth < max_match:
@@ -251,11 +280,14 @@ def longest_followed(index, node, max_match, path, length):
     """The longest context at or above `node` that something has followed.
 
     Args:
-        path: The nodes of the text's last context: its last token has no successor yet.
+        index: Of the text.
+        node: Where to start.
+        max_match: Longest context wanted.
+        path: Nodes of the text's last context: its last occurrence has no successor yet.
         length: Number of nodes in `path`.
 
     Returns:
-        The node, or ROOT, and how often it was followed.
+        Its node, or ROOT, and how often it was followed.
     """
     nodes = index.nodes
     while node != ROOT:
@@ -270,13 +302,3 @@ def longest_followed(index, node, max_match, path, length):
                 return node, followed
         node = parent
     return ROOT, 0
-
-
-@compiled
-def context_node(index, position, length):
-    """The node of the `length` tokens that end at `position`."""
-    nodes = index.nodes
-    node = index.terminals[position]
-    while nodes[nodes[node].parent].depth >= length:
-        node = nodes[node].parent
-    return node

@@ -4,30 +4,26 @@ A weight belongs to (a, b) -> c: two tokens and the one that followed. ADED adds
 cap of 3, at every draft call to each trigram among the last 16 tokens, so a trigram is
 reinforced once per call while it is in the window, and the weights depend on how the text
 happened to be split into steps. Here each accepted token adds one full reinforcement
-(14 windows x 0.04 = 0.56) once, and the other successors of (a, b) fade by a constant
-factor: the same text gives the same weights, recent text counts more, and no weight exceeds
+(14 windows x 0.04 = 0.56) once, and the successors of (a, b) fade by a constant factor: the
+same text gives the same weights, recent text counts more, and no weight exceeds
 `REINFORCEMENT / FADING` = 2.8.
 
 ADED's public code scores a path with the *previous* token of each pair, which looks like an
 off-by-one. Here the weight of a step belongs to the new token: scoring `x y z` after `a b`
-adds up (a,b)->x, (b,x)->y, (x,y)->z.
+uses (a,b)->x, (b,x)->y, (x,y)->z.
 """
 
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 
-from .compiled import address_as_pointer, compiled
-
-if TYPE_CHECKING:
-    pass
+from .compiled import address_as_pointer, compiled, place, spread
 
 REINFORCEMENT = np.float32(14 * 0.04)
-#: Share of its weight a successor loses when another one follows the same two tokens.
+#: Share of its weight a successor loses each time the two tokens occur again.
 FADING = np.float32(0.2)
 
 CONTEXT = np.dtype(
@@ -35,42 +31,41 @@ CONTEXT = np.dtype(
         ("first", np.int32),
         ("second", np.int32),
         ("seen", np.int32),  # times followed; 0: empty
-        ("best_token", np.int32),
-        ("best_position", np.int32),
-        ("best_weight", np.float32),  # as of its own last reinforcement
-        ("best_seen", np.int32),  # `seen` then
-        ("total", np.float32),  # of all successors
+        ("total", np.float32),  # weight of all successors
     ]
 )
 TRIGRAM = np.dtype(
     [
-        ("first", np.int32),
-        ("second", np.int32),
+        ("context", np.int32),  # place of its first two tokens
         ("third", np.int32),
-        ("weight", np.float32),  # as of its last reinforcement; 0: empty
-        ("seen", np.int32),  # `seen` of its context then
+        ("seen", np.int32),  # `seen` of its context at its last reinforcement; 0: empty
+        ("weight", np.float32),  # as of then
     ]
 )
 
-#: Both are open-addressing tables, at most half full.
+#: Two open-addressing tables, at most two thirds full.
 TrigramWeights = namedtuple("TrigramWeights", "contexts trigrams")
 
-BYTES_PER_TOKEN = 2 * CONTEXT.itemsize + 2 * TRIGRAM.itemsize
+ENTRY_BYTES = CONTEXT.itemsize
+assert TRIGRAM.itemsize == ENTRY_BYTES
 
 
 def bytes_needed(capacity: int) -> int:
-    """Bytes of the weights of a text of up to `capacity` tokens: 104 per token."""
-    return BYTES_PER_TOKEN * capacity
+    """Bytes of the weights of a text of up to `capacity` tokens: 48 per token."""
+    return 2 * ENTRY_BYTES * _table_size(capacity)
+
+
+def _table_size(capacity: int) -> int:
+    return capacity + capacity // 2
 
 
 @compiled
 def weights_at(address, capacity):
-    """The weights that live at `address`; memory that is all zero holds none."""
-    contexts = address
-    trigrams = contexts + 32 * 2 * capacity
+    """The weights in the memory at `address`; `clear` them before first use."""
+    size = capacity + capacity // 2
     return TrigramWeights(
-        numba.carray(address_as_pointer(contexts), (2 * capacity,), CONTEXT),
-        numba.carray(address_as_pointer(trigrams), (2 * capacity,), TRIGRAM),
+        numba.carray(address_as_pointer(address), (size,), CONTEXT),
+        numba.carray(address_as_pointer(address + ENTRY_BYTES * size), (size,), TRIGRAM),
     )
 
 
@@ -79,59 +74,49 @@ def clear(weights):
     """Forget everything."""
     for entry in range(len(weights.contexts)):
         weights.contexts[entry].seen = 0
-    for entry in range(len(weights.trigrams)):
         weights.trigrams[entry].seen = 0
-        weights.trigrams[entry].weight = 0
-
-
-@compiled
-def _spread(first, second, third):
-    key = (np.int64(first) << 42) ^ (np.int64(second) << 21) ^ np.int64(third)
-    key *= np.int64(-7046029254386353131)  # 2^64 / golden ratio
-    key ^= key >> 29
-    key *= np.int64(-4658895280553007687)
-    return key >> 33
 
 
 @compiled
 def context_entry(weights, first, second):
     """Where (first, second) is, or the empty place where it belongs (`seen` is 0)."""
     contexts = weights.contexts
-    mask = len(contexts) - 1
-    entry = _spread(first, second, 0) & mask
+    entry = place(spread(first, second), len(contexts))
     while contexts[entry].seen != 0 and (
         contexts[entry].first != first or contexts[entry].second != second
     ):
-        entry = (entry + 1) & mask
+        entry += 1
+        if entry == len(contexts):
+            entry = 0
     return entry
 
 
 @compiled
-def _trigram_entry(weights, first, second, third):
+def trigram_entry(weights, context, third):
+    """Where the trigram is, or the empty place where it belongs (`seen` is 0)."""
     trigrams = weights.trigrams
-    mask = len(trigrams) - 1
-    entry = _spread(first, second, third + 1) & mask
+    entry = place(spread(context, third), len(trigrams))
     while trigrams[entry].seen != 0 and (
-        trigrams[entry].first != first
-        or trigrams[entry].second != second
-        or trigrams[entry].third != third
+        trigrams[entry].context != context or trigrams[entry].third != third
     ):
-        entry = (entry + 1) & mask
+        entry += 1
+        if entry == len(trigrams):
+            entry = 0
     return entry
 
 
 @compiled
 def move(old, new):
-    """Copy weights into larger, zeroed memory."""
-    for entry in range(len(old.contexts)):
-        context = old.contexts[entry]
-        if context.seen != 0:
-            new.contexts[context_entry(new, context.first, context.second)] = context
+    """Copy weights into larger, cleared memory."""
     for entry in range(len(old.trigrams)):
         trigram = old.trigrams[entry]
         if trigram.seen != 0:
-            place = _trigram_entry(new, trigram.first, trigram.second, trigram.third)
-            new.trigrams[place] = trigram
+            context = old.contexts[trigram.context]
+            to = context_entry(new, context.first, context.second)
+            new.contexts[to] = context
+            copy = new.trigrams[trigram_entry(new, to, trigram.third)]
+            copy.context, copy.third = to, trigram.third
+            copy.seen, copy.weight = trigram.seen, trigram.weight
 
 
 @compiled
@@ -140,29 +125,51 @@ def _faded(weight, times):
 
 
 @compiled
-def reinforce(weights, first, second, third, position):
-    """Learn that `third`, at `position` of the text, followed `first second`."""
-    context = weights.contexts[context_entry(weights, first, second)]
-    trigram = weights.trigrams[_trigram_entry(weights, first, second, third)]
+def reinforce(weights, first, second, third):
+    """Learn that `third` followed `first second`."""
+    entry = context_entry(weights, first, second)
+    context = weights.contexts[entry]
     if context.seen == 0:
-        context.total = context.best_weight = 0
-        context.best_seen = 0
-    context.first, context.second = first, second
+        context.first, context.second, context.total = first, second, 0
     context.seen += 1
     context.total = _faded(context.total, 1) + REINFORCEMENT
-    weight = _faded(trigram.weight, context.seen - trigram.seen) + REINFORCEMENT
-    trigram.first, trigram.second, trigram.third = first, second, third
-    trigram.weight, trigram.seen = weight, context.seen
-    if weight >= _faded(context.best_weight, context.seen - context.best_seen):
-        context.best_token, context.best_position = third, position
-        context.best_weight, context.best_seen = weight, context.seen
+    trigram = weights.trigrams[trigram_entry(weights, entry, third)]
+    if trigram.seen == 0:
+        trigram.context, trigram.third, trigram.weight = entry, third, 0
+    trigram.weight = _faded(trigram.weight, context.seen - trigram.seen) + REINFORCEMENT
+    trigram.seen = context.seen
+
+
+@compiled
+def weight(weights, first, second, third):
+    """The weight of (first, second) -> third now, 0 to 2.8; 0 if never seen."""
+    entry = context_entry(weights, first, second)
+    trigram = weights.trigrams[trigram_entry(weights, entry, third)]
+    if weights.contexts[entry].seen == 0 or trigram.seen == 0:
+        return np.float32(0)
+    return _faded(trigram.weight, weights.contexts[entry].seen - trigram.seen)
 
 
 @compiled
 def share(weights, first, second, third):
-    """The weight of `third` among all successors of `first second`, 0 to 1; 0 if never seen."""
+    """The weight among all successors of `first second`, 0 to 1; -1 if they have none."""
     context = weights.contexts[context_entry(weights, first, second)]
-    trigram = weights.trigrams[_trigram_entry(weights, first, second, third)]
-    if trigram.seen == 0:
-        return np.float32(0)
-    return _faded(trigram.weight, context.seen - trigram.seen) / context.total
+    if context.seen == 0:
+        return np.float32(-1)
+    return weight(weights, first, second, third) / context.total
+
+
+@compiled
+def shares(address, capacity, trigrams, out):
+    """Score many trigrams of one request in one call.
+
+    Args:
+        address: Of the request's weights.
+        capacity: Tokens they have room for.
+        trigrams: `[N, 3]` int32 token ids: two tokens and the one whose share is wanted.
+        out: `[N]` float32, written: 0 to 1, 0 for what was never seen.
+    """
+    weights = weights_at(address, capacity)
+    for row in range(len(trigrams)):
+        found = share(weights, trigrams[row, 0], trigrams[row, 1], trigrams[row, 2])
+        out[row] = max(found, np.float32(0))
