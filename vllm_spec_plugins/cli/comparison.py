@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Way:
     """One way of decoding.
 

@@ -12,7 +12,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -91,6 +91,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
     start = time.monotonic()
     pictures = _pictures()
     folder, dtype = model_to_serve(model, threads or None)
+    model = Path(model).name
     # The front end and the engine's scheduler need a core beside the forward pass.
     threads = threads or max(1, (os.cpu_count() or 2) - 1)
     output.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
         marked = _mark(servers[ADAPTIVE], trace, answer_ids[ADAPTIVE][shown], tokens)
 
     rows = [results[way].row(results[PLAIN], results[NGRAM]) for way in WAYS]
-    _write_rows(output / "rows.jsonl", rows, Path(model).name, dtype, threads)
+    _write_rows(output / "rows.jsonl", rows, model, dtype, threads)
     console.print(table(rows, model))
     console.print(Text(f"{LOOPS}\n{THREADS}", style="dim"))
     console.print(continuation(prompts[shown], marked))
@@ -285,36 +286,39 @@ def _mark(server: Server, trace: Path, answer_id: str, tokens: Sequence[int]) ->
 
 
 def table(rows: Sequence[dict[str, Any]], model: str) -> Table:
-    """The comparison, for a terminal."""
+    """The comparison, for a terminal: one column per way of decoding."""
     shown = Table(title=f"{model}, greedy, one request at a time", title_justify="left")
     shown.add_column("")
-    for header in (
-        "tokens/s\n(slowest-fastest)",
-        "over\nplain",
-        "over vLLM's\nngram",
-        "acceptance\nlength",
-        "tokens\nper step",
-        "accepted /\ndrafted",
-        "distinct\n8-grams",
-        "same text\nas plain",
-    ):
-        shown.add_column(header, justify="right")
     for row in rows:
-        length = row["acceptance_length"]
-        same = row["same_text"] == row["prompts"]
-        shown.add_row(
-            row["way"],
-            f"[bold]{row['tokens_per_second']:.0f}[/bold] "
-            f"({row['slowest_pass']:.0f}-{row['fastest_pass']:.0f})",
-            f"{row['speed_over_plain']:.2f}x",
-            f"{row['speed_over_vllm_ngram']:.2f}x",
-            f"{length:.2f}" if length is not None else "-",
-            f"{row['tokens_per_step']:.2f}",
-            f"{row['accepted']} / {row['drafted']}" if row["drafted"] else "-",
-            f"{row['distinct_8gram_share']:.2f}",
-            "[green]yes[/green]" if same else f"{row['same_text']} of {row['prompts']}",
-        )
+        shown.add_column(row["way"], justify="right")
+
+    def line(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        shown.add_row(name, *(cell(row) for row in rows))
+
+    line("tokens per second, median", lambda r: f"[bold]{r['tokens_per_second']:.0f}[/bold]")
+    line("  slowest to fastest pass", lambda r: f"{r['slowest_pass']:.0f}-{r['fastest_pass']:.0f}")
+    line(
+        "  over plain / over vLLM's ngram",
+        lambda r: f"{r['speed_over_plain']:.2f} / {r['speed_over_vllm_ngram']:.2f}",
+    )
+    line("tokens per forward pass", lambda r: f"{r['tokens_per_step']:.2f}")
+    line(
+        "acceptance length (passes with a draft)",
+        lambda r: f"{r['acceptance_length']:.2f}" if r["acceptance_length"] else "-",
+    )
+    line(
+        "accepted / drafted tokens",
+        lambda r: f"{r['accepted']} / {r['drafted']}" if r["drafted"] else "-",
+    )
+    line("distinct-8-gram share", lambda r: f"{r['distinct_8gram_share']:.2f}")
+    line("same text as plain decoding", _same_text)
     return shown
+
+
+def _same_text(row: dict[str, Any]) -> str:
+    if row["same_text"] == row["prompts"]:
+        return "[green]yes[/green]"
+    return f"[red]{row['same_text']} of {row['prompts']} prompts[/red]"
 
 
 def continuation(prompt: str, marked: Sequence[MarkedToken]) -> Text:

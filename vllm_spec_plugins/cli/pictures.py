@@ -44,18 +44,24 @@ def comparison(rows: Sequence[dict[str, Any]], model: str, caption: str, path: P
     bars = step.bar(names, [row["tokens_per_step"] for row in rows], color=_COLOURS)
     lengths = [row["acceptance_length"] for row in rows]
     labels = [
-        f"{row['tokens_per_step']:.2f}" + (f"\nacceptance\nlength {length:.2f}" if length else "")
+        f"{row['tokens_per_step']:.2f}" + (f"\n({length:.2f})" if length else "")
         for row, length in zip(rows, lengths, strict=True)
     ]
     step.bar_label(bars, labels, label_type="center", color="white", weight="bold")
-    _title(step, "tokens per forward pass", "acceptance length: of passes with a draft")
+    _title(
+        step, "tokens per forward pass", "in brackets: acceptance length, of passes with a draft"
+    )
 
     drafted = [row["drafted"] for row in rows]
     accepted = [row["accepted"] for row in rows]
-    drafts.bar(names, drafted, color="#d7dbe0", label="rejected")
-    bars = drafts.bar(names, accepted, color=_COLOURS, label="accepted")
-    shares = [f"{a / d:.0%}" if d else "" for a, d in zip(accepted, drafted, strict=True)]
-    drafts.bar_label(bars, shares, label_type="center", color="white", weight="bold")
+    all_of_them = drafts.bar(names, drafted, color="#d7dbe0")
+    drafts.bar(names, accepted, color=_COLOURS)
+    shares = [
+        f"{a} of {d}\n({a / d:.0%})" if d else "no drafts"
+        for a, d in zip(accepted, drafted, strict=True)
+    ]
+    drafts.bar_label(all_of_them, shares, padding=2, color=_TEXT, fontsize=9)
+    drafts.margins(y=0.15)
     _title(drafts, "draft tokens", "accepted, and in light grey rejected")
 
     for axes in (speed, step, drafts):
@@ -129,13 +135,14 @@ def continuation(prompt: str, marked: Sequence[MarkedToken], model: str, path: P
 
 
 def _wrapped(cells: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """Cells laid out in lines of at most `_COLUMNS`; tabs as four spaces."""
+    """Cells in lines of at most `_COLUMNS`; tabs as four spaces, what cannot be drawn as a dot."""
     lines: list[list[tuple[str, str]]] = [[]]
     for character, kind in cells:
         if character == "\n":
             lines.append([])
             continue
-        for one in "    " if character == "\t" else character:
+        drawn = character if character.isprintable() else "\u00b7"
+        for one in "    " if character == "\t" else drawn:
             if len(lines[-1]) == _COLUMNS:
                 lines.append([])
             lines[-1].append((one, kind))
