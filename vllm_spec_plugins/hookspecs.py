@@ -8,6 +8,7 @@ under tensor parallelism, in its first rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 PROJECT = "vllm_spec_plugins"
 OBSERVERS = "vllm_spec_plugins.observers"
+
+# Below "vllm", so that vLLM's handlers print it.
+logger = logging.getLogger("vllm.spec_plugins")
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -93,7 +97,6 @@ def spec_request_finished(request_id: str) -> None:
 
 def plugin_manager() -> pluggy.PluginManager:
     """A manager with every installed observer registered; one that fails is warned about."""
-    import logging
     from importlib.metadata import entry_points
 
     from . import hookspecs
@@ -101,12 +104,32 @@ def plugin_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     for point in entry_points(group=OBSERVERS):
+        observer = None
         try:
             observer = point.load()
-            manager.register(observer() if isinstance(observer, type) else observer, point.name)
-        except Exception as error:  # noqa: BLE001 - third-party code may raise anything
-            logging.getLogger(__name__).warning(
+            observer = observer() if isinstance(observer, type) else observer
+            # By value: two packages may well call theirs "metrics".
+            manager.register(observer, point.value)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - third parties raise anything
+            if observer is not None and manager.is_registered(observer):
+                manager.unregister(observer)
+            logger.warning(
                 'The observer "%s" (%s) cannot be used: %s: %s',
                 point.name, point.value, type(error).__name__, error,
             )  # fmt: skip
     return manager
+
+
+def tell(manager: pluggy.PluginManager, hook: str, **what: object) -> None:
+    """Call a hook on every observer. One that fails is unregistered, alone; serving goes on.
+
+    pluggy's own call would stop at the first failure and not say whose it was.
+    """
+    for implementation in getattr(manager.hook, hook).get_hookimpls():
+        try:
+            implementation.function(*(what[name] for name in implementation.argnames))
+        except Exception:
+            logger.exception(
+                'The observer "%s" failed in %s and is removed.', implementation.plugin_name, hook
+            )
+            manager.unregister(implementation.plugin)

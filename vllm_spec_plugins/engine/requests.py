@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllm_spec_plugins import request_options
 from vllm_spec_plugins.random_numbers import stream_of_arrival, stream_of_seed
 
 from .install import CACHE_SALT
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from vllm.sampling_params import SamplingParams
 
@@ -39,11 +42,40 @@ class RequestState:
     has_token_history: bool
 
 
+#: Batches kept: the whole one, those that draft, and their like while prompts come in.
+_KEPT_BATCHES = 8
+#: More tokens than any request may produce.
+_UNBOUNDED = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBatch:
+    """The constants of the R requests of a step, as the arrays a step works with.
+
+    Attributes:
+        request_ids: `[R]`.
+        verifiers: `[R]` names.
+        streams: `[R]` int64.
+        temperatures: `[R]` float32.
+        draft_limits: `[R]` int64.
+        max_tokens: `[R]` int64, very large where unbounded.
+        cache_salts: `[R]`.
+    """
+
+    request_ids: list[str]
+    verifiers: list[str]
+    streams: NDArray[np.int64]
+    temperatures: NDArray[np.float32]
+    draft_limits: NDArray[np.int64]
+    max_tokens: NDArray[np.int64]
+    cache_salts: list[str]
+
+
 class RequestTable:
     """States by request id. Equal on every tensor-parallel rank: built from scheduler output.
 
     Args:
-        verifier: Name of the configured verifier ("" when vLLM's own runs).
+        verifier: Name of the configured verifier ("vllm" when its own runs).
         verifiers_allowed: Names a request may choose.
         num_speculative_tokens: The server's number.
         engine_seed: Of the random streams of requests without a seed.
@@ -65,11 +97,38 @@ class RequestTable:
         self._replica = replica
         self._arrivals = 0
         self._states: dict[str, RequestState] = {}
+        # A decoding batch is the same for many steps.
+        self._batches: dict[tuple[str, ...], RequestBatch] = {}
         # Rows of warm-up batches belong to no request.
         self._nobody = RequestState(0, verifier, num_speculative_tokens, None, 0.0, "", True)
 
     def __getitem__(self, request_id: str) -> RequestState:
         return self._states.get(request_id, self._nobody)
+
+    def batch(self, request_ids: Sequence[str]) -> RequestBatch:
+        """The constants of these requests, in this order."""
+        key = tuple(request_ids)
+        batch = self._batches.get(key)
+        if batch is None:
+            if len(self._batches) >= _KEPT_BATCHES:
+                self._batches.clear()
+            batch = self._batches[key] = self._collect(list(key))
+        return batch
+
+    def _collect(self, request_ids: list[str]) -> RequestBatch:
+        states = [self[request_id] for request_id in request_ids]
+        return RequestBatch(
+            request_ids=request_ids,
+            verifiers=[state.verifier for state in states],
+            streams=np.array([state.stream for state in states], dtype=np.int64),
+            temperatures=np.array([state.temperature for state in states], dtype=np.float32),
+            draft_limits=np.array([state.draft_limit for state in states], dtype=np.int64),
+            max_tokens=np.array(
+                [_UNBOUNDED if s.max_tokens is None else s.max_tokens for s in states],
+                dtype=np.int64,
+            ),
+            cache_salts=[state.cache_salt for state in states],
+        )
 
     def __len__(self) -> int:
         return len(self._states)
@@ -77,6 +136,7 @@ class RequestTable:
     def add(self, request_id: str, params: SamplingParams | None, has_token_history: bool) -> None:
         """A request's first step, or a new turn of a streaming session."""
         self._arrivals += 1
+        self._batches.clear()
         extra: dict[str, Any] = (params.extra_args if params else None) or {}
         options = request_options.read(
             extra,
@@ -105,4 +165,5 @@ class RequestTable:
 
     def remove(self, request_id: str) -> None:
         """Finished or aborted."""
-        self._states.pop(request_id, None)
+        if self._states.pop(request_id, None) is not None:
+            self._batches.clear()

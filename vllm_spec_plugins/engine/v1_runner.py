@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import PluginError
-from vllm_spec_plugins.hookspecs import StepRecord, plugin_manager
+from vllm_spec_plugins.hookspecs import StepRecord, plugin_manager, tell
 from vllm_spec_plugins.length_control import Fixed, LengthController
 from vllm_spec_plugins.metrics import Metrics
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer
@@ -27,7 +27,7 @@ from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.verifier import Verification, Verifier
 
 from .options import PluginSpeculativeConfig, logger, model_facts, registry
-from .requests import RequestState, RequestTable
+from .requests import RequestBatch, RequestTable
 from .target import Target
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class V1Adapter:
         )
         self.proposer_name = settings.proposer.name if settings.proposer else str(spec.method)
         self.requests = RequestTable(
-            settings.verifier.name if settings.verifier else "",
+            settings.verifier.name if settings.verifier else "vllm",
             settings.verifiers_allowed,
             spec.num_speculative_tokens,
             self.context.seed,
@@ -146,7 +146,8 @@ class V1Adapter:
         if self.proposer is not None:
             self.proposer.warm_up()
         if self._is_first_rank:
-            self._tell(
+            tell(
+                self._observers,
                 "spec_engine_ready",
                 context=self.context,
                 proposer=self.proposer_name,
@@ -164,7 +165,7 @@ class V1Adapter:
             for request_id in gone:
                 self.requests.remove(request_id)
                 if self._is_first_rank:
-                    self._tell("spec_request_finished", request_id=request_id)
+                    tell(self._observers, "spec_request_finished", request_id=request_id)
         if preempted := list(scheduler_output.preempted_req_ids or ()):
             self._forget(preempted)
         for new in scheduler_output.scheduled_new_reqs:
@@ -182,11 +183,10 @@ class V1Adapter:
 
     # Verification: what the bridge asks for.
 
-    def requests_of_step(self, count: int) -> list[tuple[str, RequestState]]:
+    def requests_of_step(self, count: int) -> RequestBatch:
         """The `count` requests of the step, in row order; warm-up rows belong to nobody."""
         ids = self.runner.input_batch.req_ids[:count]
-        states = [(request_id, self.requests[request_id]) for request_id in ids]
-        return states + [("", self.requests[""])] * (count - len(states))
+        return self.requests.batch(ids + [""] * (count - len(ids)))
 
     def first_draft_positions(self, count: int) -> Tensor:
         """`[R]` sequence position of the first draft token (or of the token to draw).
@@ -206,7 +206,7 @@ class V1Adapter:
         self,
         by_vllm: Tensor | None,
         num_draft: Sequence[int],
-        requests: Sequence[tuple[str, RequestState]],
+        request_ids: Sequence[str],
         device: torch.device,
     ) -> DraftProbabilities | None:
         """The law of the step's draft tokens, `[N]` rows; None when all were choices.
@@ -214,7 +214,7 @@ class V1Adapter:
         Args:
             by_vllm: `[N, V]` law vLLM's own proposer kept, or None.
             num_draft: `[R]` draft tokens scheduled; may be fewer than were drafted.
-            requests: `[R]`.
+            request_ids: `[R]`.
             device: Where the target runs.
         """
         if self.proposer is None:
@@ -223,7 +223,7 @@ class V1Adapter:
         if kept is None:
             return None
         rows, columns, known = [], [], []
-        for (request_id, _), n in zip(requests, num_draft, strict=True):
+        for request_id, n in zip(request_ids, num_draft, strict=True):
             row = self._row_in_draft.get(request_id, -1)
             rows += [max(row, 0)] * n
             columns += range(n)
@@ -302,12 +302,12 @@ class V1Adapter:
     def _limit_vllm_drafts(self, drafts: Any) -> Any:
         """Per-request choices on drafts of vLLM's own methods, decided before they were drawn."""
         ids = self.runner.input_batch.req_ids
-        limits = [self.requests[request_id].draft_limit for request_id in ids]
-        if min(limits, default=0) >= self.context.facts.num_speculative_tokens:
+        limits = self.requests.batch(ids).draft_limits
+        if not len(limits) or limits.min() >= self.context.facts.num_speculative_tokens:
             return drafts
         if isinstance(drafts, Tensor):
             drafts = drafts.tolist()
-        return [draft[:limit] for draft, limit in zip(drafts, limits, strict=True)]
+        return [draft[:limit] for draft, limit in zip(drafts, limits.tolist(), strict=True)]
 
     def _propose(
         self,
@@ -345,34 +345,24 @@ class V1Adapter:
         sample_hidden_states: Tensor,
     ) -> DraftInput | None:
         batch, facts = self.runner.input_batch, self.context.facts
-        ids = batch.req_ids
-        rows, states, names = [], [], []
-        for row, sampled in enumerate(sampled_token_ids):
-            if sampled:
-                state = self.requests[ids[row]]
-                if state.has_token_history:
-                    rows.append(row)
-                    states.append(state)
-                    names.append(ids[row])
+        rows = [
+            row
+            for row, sampled in enumerate(sampled_token_ids)
+            if sampled and self.requests[batch.req_ids[row]].has_token_history
+        ]
         if not rows:
             return None
+        requests = self.requests.batch([batch.req_ids[row] for row in rows])
         row_array = np.array(rows, dtype=np.int64)
         num_tokens = batch.num_tokens_no_spec[row_array].astype(np.int64)
         num_prompt = batch.num_prompt_tokens[row_array].astype(np.int64)
         # Every step emits one token beyond the accepted drafts, and all must fit.
-        room = facts.max_model_len - 1 - num_tokens
-        wanted = np.array(
-            [
-                min(s.draft_limit, limit)
-                if s.max_tokens is None
-                else min(s.draft_limit, limit, s.max_tokens - 1 - n)
-                for s, n in zip(states, (num_tokens - num_prompt).tolist(), strict=True)
-            ],
-            dtype=np.int64,
-        )
-        max_draft = np.minimum(room, wanted)
+        max_draft = np.minimum(requests.draft_limits, limit)
+        np.minimum(max_draft, requests.max_tokens + (num_prompt - num_tokens) - 1, out=max_draft)
+        np.minimum(max_draft, facts.max_model_len - 1 - num_tokens, out=max_draft)
         if self._has_length_control:
-            np.minimum(max_draft, self.length_control.limits(names), out=max_draft)
+            limits = self.length_control.limits(requests.request_ids)
+            np.minimum(max_draft, limits, out=max_draft)
         np.maximum(max_draft, 0, out=max_draft)
         hidden = None
         if Needs.HIDDEN_STATES in self._needs:
@@ -381,18 +371,16 @@ class V1Adapter:
             last = [first[row] + len(sampled_token_ids[row]) - 1 for row in rows]
             hidden = sample_hidden_states[torch.tensor(last, device=sample_hidden_states.device)]
         return DraftInput(
-            request_ids=names,
+            request_ids=requests.request_ids,
             token_history=batch.token_ids_cpu,
             rows=row_array,
             num_tokens=num_tokens,
             num_prompt_tokens=num_prompt,
             max_draft=max_draft,
-            temperatures=np.array([s.temperature for s in states], dtype=np.float32),
-            streams=np.array([s.stream for s in states], dtype=np.int64),
+            temperatures=requests.temperatures,
+            streams=requests.streams,
             hidden_states=hidden,
-            cache_salts=(
-                [s.cache_salt for s in states] if Needs.CACHE_SALT in self._needs else None
-            ),
+            cache_salts=requests.cache_salts if Needs.CACHE_SALT in self._needs else None,
             length_control=self.length_control,
         )
 
@@ -463,12 +451,13 @@ class V1Adapter:
                     np.array([accepted[i] for i in had], dtype=np.int64),
                 )
         if self._is_first_rank:
-            self._tell(
+            tell(
+                self._observers,
                 "spec_step_finished",
                 step=StepRecord(
                     proposer=self.proposer_name,
                     request_ids=names,
-                    verifiers=[self.requests[name].verifier or "vllm" for name in names],
+                    verifiers=self.requests.batch(names).verifiers,
                     num_draft=drafted,
                     num_accepted=accepted,
                     token_ids=emitted,
@@ -496,13 +485,3 @@ class V1Adapter:
         sums = np.concatenate([[0.0], extra.double().cumsum(0).cpu().numpy()])
         per_request = sums[ends] - sums[ends - np.asarray(num_draft)]
         return per_request[list(rows)].tolist()
-
-    def _tell(self, hook: str, **what: Any) -> None:
-        """An observer that fails is unregistered; serving goes on."""
-        try:
-            getattr(self._observers.hook, hook)(**what)
-        except Exception:  # noqa: BLE001 - third-party code may raise anything
-            logger.exception("An observer failed in %s; all but the metrics are removed.", hook)
-            for name, plugin in self._observers.list_name_plugin():
-                if plugin is not None and name != "metrics":
-                    self._observers.unregister(plugin)

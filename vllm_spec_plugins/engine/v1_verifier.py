@@ -181,25 +181,24 @@ class VerifierBridge(RejectionSampler):
         """vLLM's arguments in, `[R, max_spec_len + 1]` int32 out, -1 padded."""
         del cu_num_draft_tokens, bonus_token_ids, of_other_rules
         adapter, metadata = self.adapter, self._metadata
-        requests = adapter.requests_of_step(len(num_draft_tokens))
+        count = len(num_draft_tokens)
+        requests = adapter.requests_of_step(count)
         device = target_logits.device
         temperatures = sampling_metadata.temperature
         if temperatures is None:  # all greedy
-            temperatures = torch.zeros(len(requests), device=device)
+            temperatures = torch.zeros(count, device=device)
         batch = VerifyInput(
-            request_ids=[request_id for request_id, _ in requests],
+            request_ids=requests.request_ids,
             target_logits=target_logits,
             bonus_logits=self.sampler.logits,
             draft_token_ids=draft_token_ids.long(),
             num_draft=self._num_draft,
             draft_probabilities=adapter.draft_probabilities(
-                draft_probs, num_draft_tokens, requests, device
+                draft_probs, num_draft_tokens, requests.request_ids, device
             ),
             temperatures=temperatures,
-            streams=torch.tensor(
-                [state.stream for _, state in requests], dtype=torch.int64, device=device
-            ),
-            positions=adapter.first_draft_positions(len(requests)),
+            streams=torch.from_numpy(requests.streams).to(device),
+            positions=adapter.first_draft_positions(count),
             hidden_states=(
                 adapter.draft_hidden_states(metadata) if self.needs_hidden_states else None
             ),
@@ -207,7 +206,7 @@ class VerifierBridge(RejectionSampler):
             all_greedy=sampling_metadata.all_greedy,
             any_greedy=not sampling_metadata.all_random,
         )
-        verification = self._verify(batch, [state.verifier for _, state in requests])
+        verification = self._verify(batch, requests.verifiers)
         adapter.verified(verification)
         return verification.token_ids.to(torch.int32)
 
