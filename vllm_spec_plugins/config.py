@@ -72,6 +72,11 @@ class EngineVocabulary:
     methods: Collection[str]
     fields: Collection[str]
 
+    @property
+    def main_methods(self) -> list[str]:
+        """Without the old per-model spellings of `mtp`: what an error message should list."""
+        return [method for method in self.methods if not method.endswith("_mtp")]
+
 
 def concerns_us(raw: Mapping[str, Any], engine: EngineVocabulary, registry: Registry) -> bool:
     """Whether a speculative config asks for anything of ours, or for something nobody has."""
@@ -147,13 +152,13 @@ def _proposer(
     if not isinstance(method, str):
         raise ConfigError(
             f'"method" must be given beside "verifier" and "length_control". Ours: {listed(ours)}. '
-            f"vLLM's own: {listed(engine.methods)}."
+            f"vLLM's own: {listed(engine.main_methods)}."
         )
     if method not in {entry.name for entry in registry.entries(Kind.PROPOSER)}:
         raise ConfigError(
             f'Unknown speculative method "{method}".'
             f"{did_you_mean(method, {*ours, *engine.methods})} "
-            f"From plugins: {listed(ours)}. vLLM's own: {listed(engine.methods)}."
+            f"From plugins: {listed(ours)}. vLLM's own: {listed(engine.main_methods)}."
         )
     options_type = registry.load(Kind.PROPOSER, method).Options
     shared = {key: rest[key] for key in rest if key in SHARED_KEYS}
