@@ -26,6 +26,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import gc  # noqa: E402
 from collections.abc import Callable, Iterator, Mapping, Sequence  # noqa: E402
 from contextlib import AbstractContextManager, contextmanager  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -33,6 +34,7 @@ import pytest  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_spec_plugins.engine.v1_runner import V1Adapter
 
@@ -168,6 +170,85 @@ def drafted_by() -> Callable[[LLM], dict[tuple[str, str], dict[str, Any]]]:
         return {(row["proposer"], row["verifier"]): row for row in metrics["by_method"]}
 
     return drafted_by
+
+
+@dataclass
+class Watched:
+    """What the scheduler of one engine decided, step by step, since it is watched."""
+
+    steps: list[SchedulerOutput] = field(default_factory=list)
+
+    @property
+    def preemptions(self) -> int:
+        return sum(len(step.preempted_req_ids or ()) for step in self.steps)
+
+    @property
+    def resumptions(self) -> int:
+        return sum(len(step.scheduled_cached_reqs.resumed_req_ids) for step in self.steps)
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(
+            new.num_computed_tokens for step in self.steps for new in step.scheduled_new_reqs
+        )
+
+    @property
+    def chunked_prompts(self) -> int:
+        """Prompts of which the first step read a part only."""
+        return sum(
+            new.num_computed_tokens + step.num_scheduled_tokens[new.req_id]
+            < len(new.prompt_token_ids or ())
+            for step in self.steps
+            for new in step.scheduled_new_reqs
+        )
+
+
+@pytest.fixture(scope="session")
+def watch() -> Callable[[LLM], Watched]:
+    """`watch(llm)`: keeps every scheduler output of an engine from `serve_offline` from now on."""
+
+    def watch(llm: Any) -> Watched:
+        scheduler, watched = llm.llm_engine.engine_core.engine_core.scheduler, Watched()
+        schedule = scheduler.schedule
+
+        def watched_schedule(*args: Any, **kwargs: Any) -> SchedulerOutput:
+            watched.steps.append(schedule(*args, **kwargs))
+            return watched.steps[-1]
+
+        scheduler.schedule = watched_schedule
+        return watched
+
+    return watch
+
+
+@pytest.fixture(scope="module")
+def acme_methods() -> Iterator[None]:
+    """`packages/acme_spec_methods` as if it were installed in this process."""
+    from importlib.metadata import EntryPoint, entry_points
+
+    from vllm_spec_plugins.engine import options
+    from vllm_spec_plugins.registry import Kind, installed
+
+    group = Kind.PROPOSER.value
+    ours = [
+        EntryPoint("acme_sampled", "acme_spec_methods.sampled:Sampled", group),
+        EntryPoint("acme_wrong_law", "acme_spec_methods.sampled:WrongLaw", group),
+    ]
+
+    def with_acme(**select: str) -> list[EntryPoint]:
+        return [*entry_points(**select), *(ours if select == {"group": group} else [])]
+
+    def forget() -> None:
+        installed.cache_clear()
+        options.registry.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent / "packages" / "acme_spec_methods")
+        patch.setattr("vllm_spec_plugins.registry.entry_points", with_acme)
+        forget()
+        yield
+    forget()
 
 
 @pytest.fixture(scope="session")

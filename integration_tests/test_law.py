@@ -1,0 +1,305 @@
+"""The law of the text under speculation is plain decoding's, on the real engine.
+
+A target of 16 tokens, so that every pair of tokens has a bin of its own and a small bias shows.
+Its exact law is read from plain decoding's own logprobs, after temperature, top-k and top-p;
+texts decoded with drafts are held to it with the chi-square test of the losslessness kit.
+
+All comparisons of one test together raise a false alarm with probability `FALSE_ALARM` at most,
+over the choice of the engine's seed, which is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vllm_spec_plugins.testing.chi_square import GoodnessOfFit, compare, failures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = pytest.mark.engine
+
+FALSE_ALARM = 1e-6
+#: Token ids of the target.
+VOCABULARY = 16
+#: Tokens drafted after the first: one long draft, then a shorter one that ends at `max_tokens`.
+NUM_SPECULATIVE_TOKENS = 3
+#: The first token, and one full draft with its bonus token.
+LENGTH = 5
+
+SAMPLED = {"temperature": 1.0}
+TRUNCATED = {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
+GREEDY = {"temperature": 0.0}
+
+#: Texts like the target's own, in which n-grams of its next tokens can be looked up.
+PROMPTS = [
+    [1, 3, 3, 11, 9, 12, 8, 6, 15, 8, 6, 11, 0, 5, 6, 15, 7, 8, 11, 1, 2, 13, 4, 15, 9, 9, 9, 10],
+    [1, 11, 1, 2, 9, 9, 9, 0, 9, 11, 1, 2, 2, 4, 15, 9, 9, 3, 11, 1, 11, 2, 2, 7, 0, 9, 9, 9, 5],
+]
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+NGRAM_ADAPTIVE = {
+    "method": "ngram_adaptive",
+    "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+}
+DRAFT_MODEL = {
+    "method": "draft_model",
+    "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+    "draft_sample_method": "probabilistic",
+}
+THIRD_PARTY = {"method": "acme_sampled", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
+BLOCK = {"name": "lossless", "rule": "block"}
+
+CONFIGURATIONS = {
+    "ngram_adaptive, token": {**NGRAM_ADAPTIVE, "verifier": "lossless"},
+    "ngram_adaptive, block": {**NGRAM_ADAPTIVE, "verifier": BLOCK},
+    "draft_model of vLLM, block": {**DRAFT_MODEL, "verifier": BLOCK},
+    "third party, compact, block": {**THIRD_PARTY, "vocabulary": "compact", "verifier": BLOCK},
+}
+MORE_CONFIGURATIONS = {
+    "ngram of vLLM": {**NGRAM, "verifier": "lossless"},
+    "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
+    "third party": THIRD_PARTY,
+}
+
+
+@dataclass(frozen=True)
+class PlainDecoding:
+    """What plain decoding does, for each prompt.
+
+    Attributes:
+        sampled: `[V, V, V]` law of the first three tokens at temperature 1.
+        truncated: The same at a lower temperature, with top-k and top-p.
+        greedy: The greedy texts.
+    """
+
+    sampled: list[Tensor]
+    truncated: list[Tensor]
+    greedy: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def narrow_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a target, and of a draft model whose law overlaps the target's by two thirds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    target, draft = (tmp_path_factory.mktemp(name) for name in ("target", "draft"))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        matrices = [weights for weights in model.parameters() if weights.ndim == 2]
+        for weights in matrices:
+            weights.mul_(6)
+        model.lm_head.weight.mul_(2)
+        model.save_pretrained(target)
+        for weights in matrices:
+            weights.add_(torch.randn_like(weights) * weights.std() * 0.15)
+        model.save_pretrained(draft)
+    return target, draft
+
+
+@pytest.fixture(scope="module")
+def serve_narrow(
+    serve_offline: Callable[..., Any], narrow_models: tuple[Path, Path], acme_methods: None
+) -> Callable[..., Any]:
+    """`serve_offline` for the target of 16 tokens and large batches."""
+    del acme_methods  # must be installed
+
+    @contextmanager
+    def serve(speculative_config: Any = None, **engine_args: Any) -> Iterator[Any]:
+        target, draft = narrow_models
+        if speculative_config is not None and speculative_config["method"] == "draft_model":
+            speculative_config = {**speculative_config, "model": str(draft)}
+        with serve_offline(
+            speculative_config,
+            model=str(target),
+            skip_tokenizer_init=True,
+            max_num_seqs=256,
+            max_num_batched_tokens=4096,
+            num_gpu_blocks_override=1024,
+            **engine_args,
+        ) as llm:
+            yield llm
+
+    return serve
+
+
+def exact_law(llm: Any, prompt: list[int], sampling: dict[str, Any]) -> Tensor:
+    """`[V, V, V]` joint law of the first three tokens, from logprobs of every continuation."""
+    import torch
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=1, logprobs=VOCABULARY, detokenize=False, ignore_eos=True, **sampling
+    )
+
+    def next_laws(contexts: list[list[int]]) -> Tensor:
+        prompts = [{"prompt_token_ids": context} for context in contexts]
+        rows = torch.full((len(contexts), VOCABULARY), -torch.inf, dtype=torch.float64)
+        for row, output in zip(rows, llm.generate(prompts, params, use_tqdm=False), strict=True):
+            for token_id, entry in output.outputs[0].logprobs[0].items():
+                row[token_id] = entry.logprob
+        return rows.exp()
+
+    every = range(VOCABULARY)
+    first = next_laws([prompt])[0]
+    second = next_laws([[*prompt, x] for x in every])
+    third = next_laws([[*prompt, x, y] for x in every for y in every])
+    third = third.view(VOCABULARY, VOCABULARY, VOCABULARY)
+    return first[:, None, None] * second[:, :, None] * third
+
+
+@pytest.fixture(scope="module")
+def plain(
+    serve_narrow: Callable[..., Any], generate: Callable[..., list[list[int]]]
+) -> PlainDecoding:
+    """The law, after checking that plain decoding itself follows it."""
+    prompts = as_prompts(PROMPTS)
+    with serve_narrow(logprobs_mode="processed_logprobs", max_logprobs=VOCABULARY) as llm:
+        law = PlainDecoding(
+            [exact_law(llm, prompt, SAMPLED) for prompt in PROMPTS],
+            [exact_law(llm, prompt, TRUNCATED) for prompt in PROMPTS],
+            generate(llm, prompts, max_tokens=LENGTH, **GREEDY),
+        )
+        run = mixed_batch(llm, generate, law, of_each=500)
+        assert not failures(run, FALSE_ALARM), "\n".join(map(str, run))
+    return law
+
+
+def as_prompts(token_ids: Sequence[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": prompt} for prompt in token_ids]
+
+
+def fits(what: str, texts: list[list[int]], law: Tensor) -> list[GoodnessOfFit]:
+    """Tokens 1 and 2, and tokens 2 and 3, of texts of one prompt against their exact laws."""
+    import torch
+
+    tokens = torch.tensor(texts)
+    return [
+        compare(
+            f"{what}, tokens {i + 1} and {i + 2}",
+            torch.bincount(tokens[:, i] * VOCABULARY + tokens[:, i + 1], minlength=VOCABULARY**2),
+            law.sum(dim=2 if i == 0 else 0).flatten(),
+        )
+        for i in range(2)
+    ]
+
+
+def sampled_batch(
+    llm: Any, generate: Callable[..., Any], law: PlainDecoding, of_each: int
+) -> list[GoodnessOfFit]:
+    """Every request at temperature 1."""
+    texts = generate(llm, as_prompts(PROMPTS * of_each), max_tokens=LENGTH, **SAMPLED)
+    return [
+        fit
+        for i in range(len(PROMPTS))
+        for fit in fits(f"all sampled, prompt {i}", texts[i :: len(PROMPTS)], law.sampled[i])
+    ]
+
+
+def mixed_batch(
+    llm: Any, generate: Callable[..., Any], law: PlainDecoding, of_each: int
+) -> list[GoodnessOfFit]:
+    """Requests with their own temperature, top-k and top-p side by side, greedy ones among them.
+
+    The greedy ones must be exactly plain decoding's.
+    """
+    settings = [TRUNCATED, SAMPLED] * 4 + [GREEDY]
+    kinds = [(i, s) for s in settings for i in range(len(PROMPTS))]
+    texts = generate(
+        llm,
+        as_prompts([PROMPTS[i] for i, _ in kinds] * of_each),
+        max_tokens=LENGTH,
+        each=[s for _, s in kinds] * of_each,
+    )
+    found = []
+    for i in range(len(PROMPTS)):
+
+        def of(setting: dict[str, Any], prompt: int = i) -> list[list[int]]:
+            wanted = [kind == (prompt, setting) for kind in kinds] * of_each
+            return [text for text, is_wanted in zip(texts, wanted, strict=True) if is_wanted]
+
+        assert all(text == law.greedy[i] for text in of(GREEDY)), "a greedy row differs"
+        found += fits(f"sampled in a mixed batch, prompt {i}", of(SAMPLED), law.sampled[i])
+        found += fits(f"top-k and top-p, prompt {i}", of(TRUNCATED), law.truncated[i])
+    return found
+
+
+def every_batch(llm: Any, generate: Callable[..., Any], law: PlainDecoding) -> list[GoodnessOfFit]:
+    """Texts of an engine against the law: 1,600 of each prompt and setting."""
+    return sampled_batch(llm, generate, law, 1600) + mixed_batch(llm, generate, law, 400)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*CONFIGURATIONS, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_CONFIGURATIONS)],
+)
+def test_the_law_is_plain_decodings(
+    name: str, serve_narrow: Any, plain: PlainDecoding, generate: Any, drafted_by: Any
+) -> None:
+    with serve_narrow({**CONFIGURATIONS, **MORE_CONFIGURATIONS}[name]) as llm:
+        found = every_batch(llm, generate, plain)
+        [tally] = drafted_by(llm).values()
+    assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
+    # The test would pass if nothing was drafted, or all of it accepted.
+    texts = len(PROMPTS) * (1600 + 9 * 400)
+    assert tally["steps"] > 0.4 * texts
+    assert tally["accepted"] > 0.1 * tally["steps"]
+    assert tally["drafted"] - tally["accepted"] > 0.1 * tally["steps"]
+
+
+def test_a_wrong_draft_law_is_noticed(
+    serve_narrow: Any, plain: PlainDecoding, generate: Any
+) -> None:
+    """Negative control: a proposer that draws from one law and reports another."""
+    config = {"method": "acme_wrong_law", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
+    with serve_narrow(config) as llm:
+        found = sampled_batch(llm, generate, plain, of_each=1600)
+    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
+
+
+def test_a_dropped_residual_is_noticed(
+    serve_narrow: Any, plain: PlainDecoding, generate: Any, adapter_of: Any
+) -> None:
+    """Negative control: after a rejection, a token from the target's law, not the residual."""
+    import torch
+
+    with serve_narrow({**NGRAM, "verifier": "lossless"}) as llm:
+        adapter_of(llm).verifiers["lossless"].residual = lambda batch, rows: torch.softmax(
+            batch.target_logits[rows], dim=-1
+        )
+        found = sampled_batch(llm, generate, plain, of_each=1600)
+    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
+
+
+def test_vllms_own_cpu_path_is_noticed(
+    serve_narrow: Any, plain: PlainDecoding, generate: Any
+) -> None:
+    """Negative control: vLLM's own verification on the CPU (vllm-project/vllm#55005)."""
+    with serve_narrow(NGRAM) as llm:
+        found = sampled_batch(llm, generate, plain, of_each=1600)
+    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
