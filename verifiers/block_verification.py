@@ -52,18 +52,22 @@ def capped_ratio(batch: VerifyInput) -> Tensor:
     return table[batch.request_of, batch.index_in_draft]
 
 
-def block_acceptance(batch: VerifyInput, ratio: Tensor) -> Tensor:
-    """`[N]` h: the probability that the draft up to each row is acceptable.
+def block_acceptance(batch: VerifyInput, ratio: Tensor, rows: Tensor) -> Tensor:
+    """`[M]` h at some of the N rows: the probability that the draft up to there is acceptable.
+
+    Never more than P, which is what it is at the last token of a block.
 
     Args:
         batch: The step.
         ratio: `[N]` from `capped_ratio`.
+        rows: `[M]` int64.
     """
-    ids = batch.draft_token_ids
-    next_is_drafted = torch.zeros_like(ids, dtype=torch.bool)
-    next_is_drafted[:-1] = (batch.index_in_draft[1:] > 0) & (ids[1:] >= 0)
-    inner = (next_is_drafted & (ratio > 0) & ~batch.greedy[batch.request_of]).nonzero().squeeze(1)
-    after, scale = inner + 1, ratio[inner]
+    ids, scale = batch.draft_token_ids, ratio[rows]
+    after = (rows + 1).clamp(max=max(len(ids) - 1, 0))
+    inner = (batch.index_in_draft[after] == batch.index_in_draft[rows] + 1) & (ids[after] >= 0)
+    inner &= scale > 0
+    which = inner.nonzero().squeeze(1)
+    after, scale = after[which], scale[which]
     if batch.draft_probabilities is None:
         left = scale * (1 - batch.draft_token_probability[after]).clamp(min=0)
     else:
@@ -73,7 +77,36 @@ def block_acceptance(batch: VerifyInput, ratio: Tensor) -> Tensor:
     whole = left + (1 - scale)
     # Nothing unclaimed and nothing capped away: p and q are equal here.
     h = torch.where(whole > 0, left / whole, torch.ones_like(whole))
-    return ratio.index_copy(0, inner, h)
+    return ratio[rows].index_copy(0, which, h)
+
+
+def longest_acceptable(batch: VerifyInput, ratio: Tensor, u: Tensor) -> Tensor:
+    """`[R]` length of the longest prefix with u < h, from the last token backwards; 0 if greedy.
+
+    h costs a pass over the vocabulary, and P bounds it: only rows with u < P are looked at,
+    and in each request none before the one that stands.
+
+    Args:
+        batch: The step.
+        ratio: `[N]` from `capped_ratio`.
+        u: `[N]` uniforms.
+    """
+    accepted = torch.zeros_like(batch.num_draft)
+    candidates = u < ratio
+    if batch.any_greedy:
+        candidates &= ~batch.greedy[batch.request_of]
+    candidates = candidates.nonzero().squeeze(1)
+    while len(candidates):
+        requests = batch.request_of[candidates]
+        # The last candidate of each request; candidates are in order.
+        last = torch.ones_like(candidates, dtype=torch.bool)
+        last[:-1] = requests[1:] != requests[:-1]
+        rows = candidates[last]
+        stands = u[rows] < block_acceptance(batch, ratio, rows)
+        standing = rows[stands]
+        accepted[batch.request_of[standing]] = batch.index_in_draft[standing] + 1
+        candidates = candidates[~last & (accepted[requests] == 0)]
+    return accepted
 
 
 def block_residual(batch: VerifyInput, rows: Tensor, ratio: Tensor) -> Tensor:
@@ -84,7 +117,8 @@ def block_residual(batch: VerifyInput, rows: Tensor, ratio: Tensor) -> Tensor:
 
 def block_accepted_law(batch: VerifyInput) -> Tensor:
     """`[R, K+1]` probability that exactly that many draft tokens are accepted."""
-    h = block_acceptance(batch, capped_ratio(batch))
+    ratio = capped_ratio(batch)
+    h = block_acceptance(batch, ratio, torch.arange(len(ratio), device=ratio.device))
     fails = h.new_ones(len(batch.num_draft), batch.max_num_draft + 1)
     fails[batch.request_of, batch.index_in_draft + 1] = 1 - h
     fails[:, 0] = 0  # the empty prefix is always acceptable
@@ -104,10 +138,8 @@ def verify_block(batch: VerifyInput) -> Verification:
         accepted = leading_run(batch, greedy_matches(batch))
         return assemble(batch, accepted, draw_next(batch, accepted, residual_weights))
     ratio = capped_ratio(batch)
-    stands = batch.uniforms(Purpose.ACCEPT) < block_acceptance(batch, ratio)
-    reached = torch.where(stands, batch.index_in_draft + 1, 0)
-    accepted = torch.zeros_like(batch.num_draft)
-    accepted.scatter_reduce_(0, batch.request_of, reached, "amax")
+    u = batch.uniforms(Purpose.ACCEPT)
+    accepted = longest_acceptable(batch, ratio, u)
     if batch.any_greedy:
         accepted = torch.where(batch.greedy, leading_run(batch, greedy_matches(batch)), accepted)
     drawn = draw_next(batch, accepted, partial(block_residual, ratio=ratio))

@@ -59,7 +59,7 @@ class DraftProbabilities:
             `[M', V]`; deterministic rows are one-hot, ids outside the vocabulary have 0,
             rows of placeholders are all 0: nothing was drawn there.
         """
-        q = self.values[rows]
+        q = self.values.index_select(0, rows)
         if self.vocabulary is not None:
             q = q.new_zeros(len(rows), vocab_size).index_copy_(1, self.vocabulary, q)
         elif q.shape[1] < vocab_size:  # a draft head without the target's padding rows
@@ -67,7 +67,8 @@ class DraftProbabilities:
         if self.sampled is not None:
             one_hot = torch.zeros_like(q).scatter_(1, token_ids.clamp(min=0).unsqueeze(1), 1.0)
             q = torch.where(self.sampled[rows].unsqueeze(1), q, one_hot)
-        return q.masked_fill_((token_ids < 0).unsqueeze(1), 0)
+        q[(token_ids < 0).nonzero().squeeze(1)] = 0
+        return q
 
     def take(self, rows: Tensor) -> DraftProbabilities:
         """The same law for some rows of the first dimension."""

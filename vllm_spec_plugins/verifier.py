@@ -123,7 +123,9 @@ class VerifyInput:
         if self.all_greedy:
             return first_argmax(self.target_logits)
         token_ids = torch.full_like(self.draft_token_ids, -1)
-        token_ids[self.greedy_rows] = first_argmax(self.target_logits[self.greedy_rows])
+        token_ids[self.greedy_rows] = first_argmax(
+            self.target_logits.index_select(0, self.greedy_rows)
+        )
         return token_ids
 
     @cached_property
@@ -348,9 +350,11 @@ def unclaimed(
     Returns:
         `[M, V]`; all 0 where p and q are equal.
     """
-    left = torch.softmax(batch.target_logits[rows], dim=-1)
+    # exp(logit - log normaliser + log scale), in the memory of the copied rows.
+    shift = batch.target_log_normaliser[rows]
     if scale is not None:
-        left *= scale.unsqueeze(1)
+        shift = shift - scale.log()
+    left = batch.target_logits.index_select(0, rows).sub_(shift.unsqueeze(1)).exp_()
     ids = batch.draft_token_ids[rows].unsqueeze(1)
     if batch.draft_probabilities is None:
         column = ids.clamp(min=0)
@@ -372,7 +376,7 @@ def residual_weights(
     """
     left = unclaimed(batch, rows, scale, f)
     empty = (left.sum(dim=-1) <= 0).nonzero().squeeze(1)
-    left[empty] = torch.softmax(batch.target_logits[rows[empty]], dim=-1)
+    left[empty] = torch.softmax(batch.target_logits.index_select(0, rows[empty]), dim=-1)
     return left
 
 
@@ -407,13 +411,13 @@ def draw_next(
         chosen = (batch.greedy & rejected).nonzero().squeeze(1)
         drawn[chosen] = batch.greedy_token_ids[rows[chosen]]
         chosen = (batch.greedy & ~rejected).nonzero().squeeze(1)
-        drawn[chosen] = first_argmax(batch.bonus_logits[chosen])
+        drawn[chosen] = first_argmax(batch.bonus_logits.index_select(0, chosen))
     if not batch.all_greedy:
         u = batch.uniforms(Purpose.RESAMPLE)
         chosen = (~batch.greedy & rejected).nonzero().squeeze(1)
         drawn[chosen] = sample_weights(residual(batch, rows[chosen]), u[chosen])
         chosen = (~batch.greedy & ~rejected).nonzero().squeeze(1)
-        bonus = torch.softmax(batch.bonus_logits[chosen], dim=-1)
+        bonus = torch.softmax(batch.bonus_logits.index_select(0, chosen), dim=-1)
         drawn[chosen] = sample_weights(bonus, u[chosen])
     return drawn
 
