@@ -42,7 +42,7 @@ class Kind(Enum):
         }[self]
 
 
-#: Names vLLM 0.32 and 0.33 use for methods of their own. `engine.options` adds whatever the
+#: Names vLLM 0.32 and 0.33 use for methods of their own. `engine.carrier` adds whatever the
 #: installed vLLM knows; this list is for when it cannot be asked.
 VLLM_METHODS = frozenset(
     {
@@ -158,7 +158,7 @@ class Registry:
         if problem is None:
             try:
                 plugin = self._points[kind, name].load()
-            except Exception as error:  # noqa: BLE001 - third-party code may raise anything
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - third parties raise anything
                 problem = f"importing {entry.value} failed: {type(error).__name__}: {error}"
             else:
                 problem = contract_problem(kind, plugin)

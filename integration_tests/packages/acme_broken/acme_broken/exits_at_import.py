@@ -1,0 +1,3 @@
+"""Means well, and takes the process with it."""
+
+raise SystemExit("acme needs a newer driver")

@@ -1,0 +1,3 @@
+"""Fails for a reason of its own."""
+
+raise RuntimeError("acme needs a licence file")
