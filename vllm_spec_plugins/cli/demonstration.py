@@ -19,7 +19,14 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -121,7 +128,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
         _wait(servers, progress)
         seconds = _warm_up(servers, prompts, progress)
         left = repeats * sum(seconds)
-        task = progress.add_task(f"timed passes (about {left:.0f} s)", total=repeats * len(WAYS))
+        task = _stage(progress, f"timed passes (about {left:.0f} s)", repeats * len(WAYS))
         for turn in range(repeats):
             for i in range(len(WAYS)):
                 way = WAYS[(turn + i) % len(WAYS)]  # nobody always goes first
@@ -213,8 +220,15 @@ def _server(
     return Server(arguments, port=port, log=output / f"{name}.log", environment=environment)
 
 
+def _stage(progress: Progress, description: str, total: int) -> TaskID:
+    """One bar. Into a file, where bars appear only at the end, also a line when it begins."""
+    if not progress.console.is_terminal:
+        progress.console.print(description, highlight=False)
+    return progress.add_task(description, total=total)
+
+
 def _wait(servers: dict[Way, Server], progress: Progress) -> None:
-    task = progress.add_task("starting servers (about 40 s)", total=len(servers))
+    task = _stage(progress, "starting servers (about 40 s)", len(servers))
     waiting = dict(servers)
     deadline = time.monotonic() + START_LIMIT
     while waiting:
@@ -228,7 +242,7 @@ def _wait(servers: dict[Way, Server], progress: Progress) -> None:
 
 def _warm_up(servers: dict[Way, Server], prompts: Sequence[str], progress: Progress) -> list[float]:
     """One pass each, thrown away. Returns what it took, in seconds."""
-    task = progress.add_task("warming up", total=len(servers))
+    task = _stage(progress, "warming up", len(servers))
     seconds = []
     for server in servers.values():
         seconds.append(timed_pass(server, prompts)[0].seconds)
