@@ -44,6 +44,7 @@ def install_config_seam() -> None:
                 _warn_of_cpu_sampling()
                 return original(self, target_model_config, target_parallel_config)
             ours = options.build(raw, self, target_model_config, target_parallel_config)
+            install_engine_seams()
             shield_llvmlite()
             return ours
 
@@ -72,7 +73,7 @@ def _lookahead(original: property) -> property:
     def num_lookahead_tokens(self: VllmConfig) -> int:
         from vllm_spec_plugins.proposer import Needs
 
-        from .options import PluginSpeculativeConfig
+        from .carrier import PluginSpeculativeConfig
 
         slots = original.__get__(self)
         spec = self.speculative_config
@@ -88,7 +89,7 @@ def _v2_unsupported(original: Callable[..., list[str]]) -> Callable[..., list[st
 
     @functools.wraps(original)
     def unsupported_features(self: VllmConfig) -> list[str]:
-        from .options import PluginSpeculativeConfig
+        from .carrier import PluginSpeculativeConfig
 
         features = original(self)
         if isinstance(self.speculative_config, PluginSpeculativeConfig):
@@ -108,7 +109,7 @@ def _validate_request(original: Callable[..., None]) -> Callable[..., None]:
         from vllm_spec_plugins import request_options
         from vllm_spec_plugins.errors import RequestError
 
-        from .options import PluginSpeculativeConfig
+        from .carrier import PluginSpeculativeConfig
 
         original(self, speculative_config)
         if isinstance(speculative_config, PluginSpeculativeConfig):
@@ -124,15 +125,13 @@ def _validate_request(original: Callable[..., None]) -> Callable[..., None]:
     return validate_spec_decode
 
 
-#: Key of `SamplingParams.extra_args` under which the worker finds a request's cache salt.
-CACHE_SALT = "vllm_spec_plugins.cache_salt"
-
-
 def _carry_cache_salt(original: classmethod[Any, ..., Any]) -> classmethod[Any, ..., Any]:
     """The worker is not told a request's cache salt; shared draft state must respect it."""
 
     @functools.wraps(original.__func__)
     def from_request(cls: type[Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        from .requests import CACHE_SALT
+
         new = original.__func__(cls, request, *args, **kwargs)
         if request.cache_salt and new.sampling_params is not None:
             extra = new.sampling_params.extra_args or {}
@@ -147,7 +146,7 @@ def _attach(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def init_device(self: Any) -> None:
-        from .options import PluginSpeculativeConfig
+        from .carrier import PluginSpeculativeConfig
 
         original(self)
         if isinstance(self.vllm_config.speculative_config, PluginSpeculativeConfig):
@@ -165,7 +164,7 @@ def _warn_of_cpu_sampling() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from .options import logger
+        from vllm_spec_plugins.hookspecs import logger
 
         logger.warning(
             "vLLM's own verification on the CPU uses uninitialised temperature, top-k and top-p "

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from vllm_spec_plugins import request_options
 from vllm_spec_plugins.random_numbers import stream_of_arrival, stream_of_seed
 
-from .install import CACHE_SALT
-
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -42,6 +40,8 @@ class RequestState:
     has_token_history: bool
 
 
+#: Key of `SamplingParams.extra_args` under which the worker finds a request's cache salt.
+CACHE_SALT = "vllm_spec_plugins.cache_salt"
 #: Batches kept: the whole one, those that draft, and their like while prompts come in.
 _KEPT_BATCHES = 8
 #: More tokens than any request may produce.

@@ -19,14 +19,14 @@ from torch import Tensor
 from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import PluginError
-from vllm_spec_plugins.hookspecs import StepRecord, plugin_manager, tell
+from vllm_spec_plugins.hookspecs import StepRecord, logger, plugin_manager, tell
 from vllm_spec_plugins.length_control import Fixed, LengthController
 from vllm_spec_plugins.metrics import Metrics
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer
 from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.verifier import Verification, Verifier
 
-from .options import PluginSpeculativeConfig, logger, model_facts, registry
+from .carrier import PluginSpeculativeConfig, model_facts, registry
 from .requests import RequestBatch, RequestTable
 from .target import Target
 

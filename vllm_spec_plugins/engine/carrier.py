@@ -1,0 +1,103 @@
+"""What carries our settings from the front end into every worker.
+
+A real `SpeculativeConfig` subclass with one more field, under vLLM's own `custom_class`
+method: it passes vLLM's validation, is pickled by reference into engine core and workers,
+and survives `vllm.config.utils.replace`. A foreign attribute would not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import Field
+from vllm.config import speculative
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_spec_plugins.config import EngineVocabulary, PluginSettings
+from vllm_spec_plugins.context import ModelFacts
+from vllm_spec_plugins.proposer import Needs
+from vllm_spec_plugins.registry import Kind, Registry
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+
+@cache
+def engine_vocabulary() -> EngineVocabulary:
+    """What the installed vLLM calls its own."""
+    literal = speculative.SpeculativeMethod
+    methods = {str(m) for m in _flatten(get_args(literal))}
+    fields = {f.name for f in dataclasses.fields(SpeculativeConfig)}
+    return EngineVocabulary(methods=frozenset(methods), fields=frozenset(fields))
+
+
+def _flatten(args: tuple[Any, ...]) -> list[Any]:
+    return [leaf for a in args for leaf in (_flatten(get_args(a)) if get_args(a) else [a])]
+
+
+@cache
+def registry() -> Registry:
+    """The installed plugins, with the installed vLLM's method names reserved."""
+    return Registry(reserved=engine_vocabulary().methods)
+
+
+def model_facts(
+    model: ModelConfig, parallel: ParallelConfig, num_speculative_tokens: int | None
+) -> ModelFacts:
+    """What plugins may know before any weight is loaded."""
+    return ModelFacts(
+        model=model.model,
+        vocab_size=model.get_vocab_size(),
+        hidden_size=model.get_hidden_size(),
+        num_layers=model.get_total_num_hidden_layers(),
+        max_model_len=model.max_model_len,
+        num_speculative_tokens=num_speculative_tokens or 0,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+    )
+
+
+@config
+class PluginSpeculativeConfig(SpeculativeConfig):
+    """vLLM's speculative config with ours inside."""
+
+    spec_plugins: dict[str, Any] = Field(default_factory=dict)
+    """`PluginSettings` as plain values."""
+
+    @property
+    def settings(self) -> PluginSettings:
+        return PluginSettings.model_validate(self.spec_plugins)
+
+    @property
+    def needs(self) -> Needs:
+        """What the proposer needs; nothing when vLLM's own drafts."""
+        choice = self.settings.proposer
+        if choice is None:
+            return Needs.HISTORY
+        proposer, options = choice.build(Kind.PROPOSER, registry())
+        return proposer.needs_for(options)
+
+    def compute_hash(self) -> str:
+        """Hidden states and layers a plugin asks for change the compiled graph."""
+        from vllm.utils.hashing import safe_hash
+
+        factors = repr((super().compute_hash(), sorted(self.spec_plugins.items())))
+        return safe_hash(factors.encode(), usedforsecurity=False).hexdigest()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Arriving in a new process is what installs our seams there.
+        from .install import install_engine_seams
+
+        self.__dict__.update(state)
+        install_engine_seams()
+
+    def __repr__(self) -> str:
+        ours = self.settings
+        drafts = ours.proposer.name if ours.proposer else self.method
+        verifies = ours.verifier.name if ours.verifier else "vLLM"
+        return (
+            f"PluginSpeculativeConfig(proposer={drafts!r}, verifier={verifies!r}, "
+            f"num_speculative_tokens={self.num_speculative_tokens})"
+        )
