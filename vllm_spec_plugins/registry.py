@@ -85,7 +85,7 @@ class PluginEntry:
 
     @property
     def origin(self) -> str:
-        return f"{self.distribution} {self.version}"
+        return f"{self.distribution} {self.version}".strip()
 
 
 class Registry:
