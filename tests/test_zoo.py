@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -13,16 +14,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.text import Text
 
 from vllm_spec_plugins import zoo
 from vllm_spec_plugins.errors import SpecPluginsError
-from vllm_spec_plugins.zoo import build, cache, corpus
+from vllm_spec_plugins.zoo import build, cache, corpus, progress
 from vllm_spec_plugins.zoo.bigram import start_from_bigrams
 from vllm_spec_plugins.zoo.evaluation import evaluate
 from vllm_spec_plugins.zoo.expansion import ExpansionError, expand, verify_identical
@@ -30,6 +34,7 @@ from vllm_spec_plugins.zoo.hugging_face import load_model
 from vllm_spec_plugins.zoo.loss import head_cross_entropy
 from vllm_spec_plugins.zoo.model import Llama, hidden_matrices
 from vllm_spec_plugins.zoo.muon import Muon, orthogonalise
+from vllm_spec_plugins.zoo.progress import training_progress
 from vllm_spec_plugins.zoo.recipes import RECIPES, TextRecipe
 from vllm_spec_plugins.zoo.tokenizer import encode_files, train_tokenizer
 from vllm_spec_plugins.zoo.training import batch_of_step, schedule, train
@@ -376,6 +381,7 @@ class TestEnsure:
         names, bfloat16 = {build.folder_name(recipe)}, build.has_bfloat16_units()
         names.add(build.folder_name(dataclasses.replace(recipe, seed=1)))
         names.add(build.folder_name(dataclasses.replace(recipe, steps=21)))
+        names.add(build.folder_name(dataclasses.replace(recipe, minutes=9, summary="reworded")))
         expanded = {build.folder_name(RECIPES["expanded-tiny"])}
         for module, name, value in (
             (corpus, "digest", lambda: "other"),
@@ -399,6 +405,7 @@ class TestEnsure:
     def test_each_is_described(self, name: str) -> None:
         text = zoo.describe(name)
         assert text.startswith(f"{name}: ")
+        assert text.endswith(" MB")
         assert f"about {RECIPES[name].minutes:g} minutes" in text
         assert ("cost device" in text or name == "expanded-tiny") == name.startswith("expanded")
 
@@ -421,6 +428,36 @@ class TestEnsure:
         assert wrong.returncode == 2
         assert 'Did you mean "tiny"' in wrong.stderr
         assert not wrong.stdout
+
+
+class TestProgress:
+    def test_a_bar_with_the_time_left_on_a_terminal(self) -> None:
+        console = Console(file=io.StringIO(), force_terminal=True, width=120)
+        with training_progress("nano", 40, console) as on_step:
+            on_step(10, 4.567)
+        assert isinstance(console.file, io.StringIO)
+        shown = Text.from_ansi(console.file.getvalue()).plain
+        assert "training nano" in shown
+        assert "10/40" in shown
+        assert "loss 4.57" in shown
+        assert "left" in shown
+
+    def test_a_line_now_and_then_elsewhere(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        console = Console(file=io.StringIO(), force_terminal=False)
+        seconds = iter([0, 10, 35, 65])
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        with caplog.at_level("INFO"), training_progress("nano", 40, console) as on_step:
+            on_step(1, 5.0)  # after 10 seconds: too early
+            on_step(2, 4.0)  # after 35
+            on_step(3, 3.0)  # 30 seconds later
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.split(": ")[1] for line in lines] == [
+            "step 2 of 40, loss 4.00",
+            "step 3 of 40, loss 3.00",
+        ]
+        assert console.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class TestCache:

@@ -64,17 +64,18 @@ def recipe(name: str) -> TextRecipe | ExpandedRecipe:
 
 
 def describe(name: str) -> str:
-    """One line for people: what it is, how large, how long it takes to build.
+    """One line for people: what it is, how large, how long it takes to build, space on disk.
 
     Raises:
         SpecPluginsError: No such model.
     """
     chosen = recipe(name)
-    size = chosen.architecture.num_parameters / 1e6
+    parameters = chosen.architecture.num_parameters
+    after = f" after {chosen.source}" if isinstance(chosen, ExpandedRecipe) else ""
     return (
-        f"{chosen.name}: {chosen.summary}; {size:.3g} million parameters, "
-        f"{chosen.architecture.num_layers} layers, about {chosen.minutes:g} minutes to build"
-        " on four cores"
+        f"{chosen.name}: {chosen.summary}; {parameters / 1e6:.3g} million parameters, "
+        f"{chosen.architecture.num_layers} layers, about {chosen.minutes:g} minutes{after} to "
+        f"build on four cores, {parameters * 4 / 1e6:,.0f} MB"
     )
 
 

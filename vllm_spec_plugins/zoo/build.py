@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 #: Raise when a change of this package changes the weights a recipe gives.
 _GENERATION = 1
 
+#: What a recipe says that its weights do not depend on.
+_NO_MATTER = ("summary", "minutes", "checkpoint_every")
+
 CARD = "card.json"
 
 
@@ -52,9 +55,10 @@ def folder_name(recipe: TextRecipe | ExpandedRecipe) -> str:
 
 def facts_of(recipe: TextRecipe | ExpandedRecipe) -> Mapping[str, object]:
     """All that decides the weights, as far as it can be known without building."""
+    described = dataclasses.asdict(recipe)
     facts: dict[str, object] = {
         "generation": _GENERATION,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": {key: value for key, value in described.items() if key not in _NO_MATTER},
         "torch": _minor_version("torch"),
     }
     if isinstance(recipe, ExpandedRecipe):

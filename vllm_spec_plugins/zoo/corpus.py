@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from vllm_spec_plugins.errors import SpecPluginsError
+
 #: Folders that some distributions strip, or that hold tables rather than code.
 _LEFT_OUT = frozenset({
     "__pycache__", "dist-packages", "encodings", "idle_test", "lib2to3", "site-packages", "test",
@@ -26,7 +28,7 @@ _SHORTEST = 400
 _HELD_OUT = 20
 
 
-class CorpusError(RuntimeError):
+class CorpusError(SpecPluginsError):
     """The standard library's source is not on this machine, or too little of it."""
 
 

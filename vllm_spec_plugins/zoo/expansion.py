@@ -60,8 +60,9 @@ def expanded_shape(source: Architecture, wide: Architecture) -> Architecture:
 def expand(source: Llama, wide: Architecture, seed: int) -> Llama:
     """A model of shape `wide` that computes what `source` computes.
 
-    Layer `i` of the source is layer `i * wide.num_layers / source.num_layers`; the layers
-    between add nothing. Unused weights are random, so that no arithmetic is skipped.
+    Layer `i` of the source is layer `i * n` for `n = wide.num_layers / source.num_layers`; the
+    `n - 1` after it add nothing, so an exit after `e` layers is an exit after `e * n`. Unused
+    weights are random: no arithmetic is skipped.
 
     Args:
         source: The model to hold.

@@ -24,17 +24,20 @@ _QUIET_INTERVAL = 30.0
 
 
 @contextmanager
-def training_progress(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar on stderr, or a log line now and then where that is no terminal.
+def training_progress(
+    name: str, steps: int, console: Console | None = None
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar with the time left, or a log line now and then where nobody sees a bar.
 
     Args:
         name: Of the model.
         steps: In all.
+        console: Where to draw; stderr by default.
 
     Yields:
         To be called with the number of steps done and the last loss.
     """
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         yield _logged(name, steps)
         return
@@ -57,8 +60,9 @@ def _logged(name: str, steps: int) -> Callable[[int, float], None]:
 
     def log(done: int, loss: float) -> None:
         nonlocal last
-        if time.monotonic() - last >= _QUIET_INTERVAL:
-            last = time.monotonic()
+        now = time.monotonic()
+        if now - last >= _QUIET_INTERVAL:
+            last = now
             logger.info("training %s: step %d of %d, loss %.2f", name, done, steps, loss)
 
     return log
