@@ -85,6 +85,7 @@ def concerns_us(raw: Mapping[str, Any], engine: EngineVocabulary, registry: Regi
         bool(OUR_KEYS & raw.keys())
         or (isinstance(method, str) and method not in engine.methods)
         or (method in registry.names(Kind.PROPOSER))
+        or not raw.keys() <= set(engine.fields)
     )
 
 
@@ -119,10 +120,11 @@ def split(
     if method in engine.methods or (method is None and "model" in rest):
         if length_control is not None:
             raise ConfigError(
-                f'"length_control" works with proposers from plugins; "{method}" is vLLM\'s own '
-                "and drafts num_speculative_tokens every time. Remove it, or choose a method "
-                f"from: {listed(registry.names(Kind.PROPOSER))}."
+                f'"length_control" works with proposers from plugins; "{method or "draft_model"}" '
+                "is vLLM's own and drafts num_speculative_tokens every time. Remove it, or choose "
+                f"a method from: {listed(registry.names(Kind.PROPOSER))}."
             )
+        _refuse_unknown(method, rest, engine)
         proposer = None
     else:
         proposer, rest = _proposer(method, rest, engine, registry)
@@ -130,8 +132,15 @@ def split(
 
     settings = PluginSettings(
         proposer=proposer,
-        length_control=_choice(Kind.LENGTH_CONTROLLER, length_control or "fixed", registry),
-        verifier=None if verifier is None else _choice(Kind.VERIFIER, verifier, registry),
+        length_control=_choice(
+            Kind.LENGTH_CONTROLLER,
+            "fixed" if length_control is None else length_control,
+            "length_control",
+            registry,
+        ),
+        verifier=(
+            None if verifier is None else _choice(Kind.VERIFIER, verifier, "verifier", registry)
+        ),
         verifiers_allowed=_allowed(verifier, allowed, registry),
     )
     if settings.verifier and rest.get("rejection_sample_method") not in (None, "standard"):
@@ -187,16 +196,25 @@ def _proposer(
     return Choice(name=method, options=parsed.model_dump(mode="json", exclude_unset=True)), shared
 
 
-def _choice(kind: Kind, value: Any, registry: Registry) -> Choice:
-    """`"name"` or `{"name": ..., options}`."""
-    key = "verifier" if kind is Kind.VERIFIER else "length_control"
+def _refuse_unknown(method: str | None, rest: dict[str, Any], engine: EngineVocabulary) -> None:
+    """A key that is neither vLLM's nor ours, beside a method of vLLM's."""
+    for key in sorted(rest.keys() - set(engine.fields)):
+        raise ConfigError(
+            f'Unknown option "{key}" beside vLLM\'s method "{method or "draft_model"}".'
+            f"{did_you_mean(key, {*engine.fields, *OUR_KEYS})} "
+            f"It takes vLLM's own options, and from plugins: verifier, verifiers_allowed."
+        )
+
+
+def _choice(kind: Kind, value: Any, key: str, registry: Registry) -> Choice:
+    """`"name"` or `{"name": ..., options}`, from under a key of the speculative config."""
     if isinstance(value, str):
         name, options = value, {}
     elif isinstance(value, Mapping) and isinstance(value.get("name"), str):
         name, options = value["name"], {k: v for k, v in value.items() if k != "name"}
     else:
         raise ConfigError(
-            f'"{key}" must be a name or {{"name": ..., options}}, got {value!r}. '
+            f'"{key}" takes a name or {{"name": ..., options}}, got {value!r}. '
             f"Installed: {listed(registry.names(kind))}."
         )
     options_type = registry.load(kind, name).Options
@@ -213,7 +231,7 @@ def _allowed(verifier: Any, allowed: Any, registry: Registry) -> dict[str, Choic
                 f'and no request can choose. Add "verifier": "{LOSSLESS}".'
             )
         return {}
-    configured = _choice(Kind.VERIFIER, verifier, registry)
+    configured = _choice(Kind.VERIFIER, verifier, "verifier", registry)
     if allowed is None:
         allowed = [LOSSLESS]
     if not isinstance(allowed, (list, tuple)):
@@ -223,7 +241,7 @@ def _allowed(verifier: Any, allowed: Any, registry: Registry) -> dict[str, Choic
         )
     choices: dict[str, Choice] = {}
     for value in allowed:
-        choice = _choice(Kind.VERIFIER, value, registry)
+        choice = _choice(Kind.VERIFIER, value, "verifiers_allowed", registry)
         if choice.name in choices:
             raise ConfigError(f'"verifiers_allowed" names "{choice.name}" twice.')
         choices[choice.name] = choice
@@ -246,7 +264,8 @@ def read_options(
             f'The {kind.noun} "{name}": options must be JSON values: {error}.'
         ) from None
     except ValidationError as error:
-        also = f" Beside them: {listed(beside)}." if beside else ""
+        misspelt = any(item["type"] == "extra_forbidden" for item in error.errors())
+        also = f" Beside them: {listed(beside)}." if beside and misspelt else ""
         raise ConfigError(
             f'The {kind.noun} "{name}": {problems(error, options_type)}{also}'
         ) from None

@@ -24,21 +24,30 @@ PLACEHOLDER = "vllm_spec_plugins.engine.placeholder.PlaceholderProposer"
 
 def requested(engine_args: EngineArgs) -> dict[str, Any] | None:
     """The speculative config a user gave, when it asks for anything of ours."""
-    raw = {k.replace("-", "_"): v for k, v in (engine_args.speculative_config or {}).items()}
+    given = engine_args.speculative_config or {}
+    if not isinstance(given, Mapping):
+        return None  # vLLM says what it takes
+    raw = {key.replace("-", "_"): value for key, value in given.items()}
     method = engine_args.spec_method
     if method is not None and method in registry().names(Kind.PROPOSER):
         raise ConfigError(
             f'"--spec-method {method}" is not possible: vLLM accepts only its own methods there. '
             f'Use --speculative-config \'{{"method": "{method}", "num_speculative_tokens": 5}}\'.'
         )
-    for key, value in (
-        ("method", method),
-        ("model", engine_args.spec_model),
-        ("num_speculative_tokens", engine_args.spec_tokens),
-    ):
-        if value is not None:
-            raw.setdefault(key, value)
-    return raw if concerns_us(raw, engine_vocabulary(), registry()) else None
+    flags = {
+        "method": method,
+        "model": engine_args.spec_model,
+        "num_speculative_tokens": engine_args.spec_tokens,
+    }
+    flags = {key: value for key, value in flags.items() if value is not None}
+    if not concerns_us({**flags, **raw}, engine_vocabulary(), registry()):
+        return None
+    for key in flags.keys() & raw.keys():
+        flag = f"--spec-{key.removeprefix('num_speculative_')}"
+        raise ConfigError(
+            f'"{key}" is given twice: in --speculative-config and by {flag}. Remove {flag}.'
+        )
+    return {**flags, **raw}
 
 
 def build(

@@ -1,0 +1,308 @@
+"""`--speculative-config` taken apart: what goes where, and one message for whatever is wrong.
+
+The engine's own part of the refusals is in `integration_tests/test_bad_input.py`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+from pydantic import Field
+
+from vllm_spec_plugins import Draft, DraftInput, ModelFacts, Proposer, ProposerOptions
+from vllm_spec_plugins.config import Choice, EngineVocabulary, PluginSettings, concerns_us, split
+from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
+from vllm_spec_plugins.registry import Kind, Registry, installed
+
+ENGINE = EngineVocabulary(
+    methods=frozenset({"ngram", "eagle3", "draft_model", "deepseek_mtp"}),
+    fields=frozenset(
+        {
+            "method",
+            "model",
+            "num_speculative_tokens",
+            "prompt_lookup_max",
+            "prompt_lookup_min",
+            "rejection_sample_method",
+            "target_model_config",
+        }
+    ),
+)
+
+
+class ExitOptions(ProposerOptions):
+    """Options of a proposer with one of each kind."""
+
+    exit_layer: int = Field(ge=1, description="Required.")
+    mode: Literal["fast", "exact"] = Field("fast", description="A choice.")
+    weights: Path | None = Field(None, description="A file.")
+    widths: tuple[int, ...] = Field((1, 2), description="A list.")
+    threshold: float = Field(0.5, gt=0, lt=1, description="A bounded number.")
+
+
+class Exit(Proposer):
+    Options = ExitOptions
+    #: What `check` was given last.
+    facts: ClassVar[ModelFacts | None] = None
+
+    @classmethod
+    def check(cls, options: ProposerOptions, facts: ModelFacts) -> None:
+        assert isinstance(options, ExitOptions)
+        Exit.facts = facts
+        if options.exit_layer > facts.num_layers:
+            raise SpecPluginsError(f"no layer {options.exit_layer} in {facts.num_layers}")
+
+    def propose(self, batch: DraftInput) -> Draft:
+        raise NotImplementedError
+
+
+REGISTRY = Registry(
+    [
+        *(
+            point
+            for kind, name in [
+                (Kind.VERIFIER, "lossless"),
+                (Kind.LENGTH_CONTROLLER, "fixed"),
+                (Kind.LENGTH_CONTROLLER, "expected_speedup"),
+            ]
+            for point in [EntryPoint(name, installed().get(kind, name).value, kind.value)]
+        ),
+        EntryPoint("exit", f"{__name__}:Exit", Kind.PROPOSER.value),
+    ]
+)
+
+
+def facts_for(num_speculative_tokens: int | None) -> ModelFacts:
+    return ModelFacts("m", 512, 64, 4, 256, num_speculative_tokens or 0)
+
+
+def take(**raw: Any) -> tuple[dict[str, Any], PluginSettings]:
+    return split(raw, ENGINE, facts_for, REGISTRY)
+
+
+def test_a_proposer_of_ours_with_defaults() -> None:
+    rest, settings = take(method="exit", num_speculative_tokens=3, exit_layer=2)
+    assert rest == {"method": "exit", "num_speculative_tokens": 3}
+    assert settings.proposer == Choice(name="exit", options={"exit_layer": 2})
+    assert settings.verifier == Choice(name="lossless")
+    assert settings.verifiers_allowed == {"lossless": Choice(name="lossless")}
+    assert settings.length_control == Choice(name="fixed")
+    assert Exit.facts is not None
+    assert Exit.facts.num_speculative_tokens == 3
+
+
+def test_options_are_json_when_they_travel_and_typed_when_they_arrive() -> None:
+    _, settings = take(
+        method="exit",
+        num_speculative_tokens=3,
+        exit_layer=2,
+        weights="head.safetensors",
+        widths=[3, 4],
+        verifier={"name": "lossless", "rule": "block"},
+        length_control="expected_speedup",
+    )
+    arrived = PluginSettings.model_validate_json(settings.model_dump_json())
+    assert arrived == settings
+    assert arrived.proposer is not None
+    _, options = arrived.proposer.build(Kind.PROPOSER, REGISTRY)
+    assert (options.weights, options.widths) == (Path("head.safetensors"), (3, 4))
+    assert arrived.verifier == Choice(name="lossless", options={"rule": "block"})
+    # What requests may choose under the configured name is what was configured.
+    assert arrived.verifiers_allowed == {"lossless": arrived.verifier}
+
+
+def test_our_verifier_beside_vllms_method() -> None:
+    rest, settings = take(
+        method="ngram", num_speculative_tokens=4, prompt_lookup_max=3, verifier="lossless"
+    )
+    assert rest == {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    assert settings.proposer is None
+    assert settings.verifier == Choice(name="lossless")
+
+
+def test_vllm_infers_the_method_of_a_draft_model() -> None:
+    rest, settings = take(model="draft", num_speculative_tokens=4, verifier="lossless")
+    assert rest == {"model": "draft", "num_speculative_tokens": 4}
+    assert settings.proposer is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "ours"),
+    [
+        ({"method": "ngram", "num_speculative_tokens": 4}, False),
+        ({"model": "draft", "num_speculative_tokens": 4}, False),
+        # Left behind by vLLM when it builds its own config.
+        ({"method": "ngram", "target_model_config": object()}, False),
+        ({"method": "exit"}, True),
+        ({"method": "nobody"}, True),
+        ({"method": "ngram", "verifier": "lossless"}, True),
+        ({"method": "ngram", "verifer": "lossless"}, True),
+    ],
+)
+def test_what_concerns_us(raw: dict[str, Any], ours: bool) -> None:
+    assert concerns_us(raw, ENGINE, REGISTRY) is ours
+
+
+OURS = {"method": "exit", "num_speculative_tokens": 3, "exit_layer": 2}
+VLLMS = {"method": "ngram", "num_speculative_tokens": 4}
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        take(**raw)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        pytest.param(
+            {"method": "exti", "num_speculative_tokens": 3},
+            'Unknown speculative method "exti". Did you mean "exit"? From plugins: exit. '
+            "vLLM's own: draft_model, eagle3, ngram.",
+            id="method of nobody",
+        ),
+        pytest.param(
+            {"verifier": "lossless", "num_speculative_tokens": 3},
+            '"method" must be given beside "verifier" and "length_control". Ours: exit. '
+            "vLLM's own: draft_model, eagle3, ngram.",
+            id="no method",
+        ),
+        pytest.param(
+            {"method": "exit", "exit_layer": 2},
+            '"num_speculative_tokens" is missing: "exit" needs the most tokens it may draft per '
+            'step, for example {"method": "exit", "num_speculative_tokens": 5}.',
+            id="no number of tokens",
+        ),
+        *(
+            pytest.param(
+                {**OURS, "num_speculative_tokens": tokens},
+                f'"num_speculative_tokens" must be a whole number from 1 to 128, got {tokens!r}.',
+                id=f"{tokens!r} tokens",
+            )
+            for tokens in (0, -1, 129, 2.0, "3", True)
+        ),
+        pytest.param(
+            {"method": "exit", "num_speculative_tokens": 3},
+            'The proposer "exit": "exit_layer" is missing.',
+            id="required option missing",
+        ),
+        pytest.param(
+            {**OURS, "exit_layers": 2},
+            'The proposer "exit": unknown option "exit_layers". Did you mean "exit_layer"? '
+            "Allowed: exit_layer, mode, threshold, weights, widths. Beside them: length_control, "
+            "method, num_speculative_tokens, verifier, verifiers_allowed.",
+            id="misspelt option",
+        ),
+        pytest.param(
+            {**OURS, "prompt_lookup_max": 4},
+            '"prompt_lookup_max" is an option of vLLM\'s own methods and would be ignored by '
+            '"exit". Remove it. Options of "exit": exit_layer, mode, threshold, weights, widths; '
+            "beside length_control, method, num_speculative_tokens, verifier, verifiers_allowed.",
+            id="vLLM's option",
+        ),
+        pytest.param(
+            {**OURS, "length_control": "fixd"},
+            'Unknown length controller "fixd". Did you mean "fixed"? Installed: '
+            "expected_speedup, fixed. `vllm-spec list` describes them.",
+            id="unknown length controller",
+        ),
+        pytest.param(
+            {**OURS, "length_control": {}},
+            '"length_control" takes a name or {"name": ..., options}, got {}. Installed: '
+            "expected_speedup, fixed.",
+            id="length controller without a name",
+        ),
+        pytest.param(
+            {**OURS, "verifier": "losless"},
+            'Unknown verifier "losless". Did you mean "lossless"? Installed: lossless. '
+            "`vllm-spec list` describes them.",
+            id="unknown verifier",
+        ),
+        pytest.param(
+            {**OURS, "verifier": {"rule": "block"}},
+            "\"verifier\" takes a name or {\"name\": ..., options}, got {'rule': 'block'}. "
+            "Installed: lossless.",
+            id="verifier without a name",
+        ),
+        pytest.param(
+            {**OURS, "verifier": {"name": "lossless", "rul": "block"}},
+            'The verifier "lossless": unknown option "rul". Did you mean "rule"? Allowed: rule.',
+            id="misspelt option of a verifier",
+        ),
+        pytest.param(
+            {**OURS, "verifiers_allowed": "lossless"},
+            '"verifiers_allowed" must be a list of names or {"name": ..., options}, got '
+            "'lossless'.",
+            id="allowed is no list",
+        ),
+        pytest.param(
+            {**OURS, "verifiers_allowed": [3]},
+            '"verifiers_allowed" takes a name or {"name": ..., options}, got 3. '
+            "Installed: lossless.",
+            id="allowed holds no name",
+        ),
+        pytest.param(
+            {**OURS, "verifiers_allowed": ["lossless", {"name": "lossless", "rule": "block"}]},
+            '"verifiers_allowed" names "lossless" twice.',
+            id="allowed twice",
+        ),
+        pytest.param(
+            {**VLLMS, "verifiers_allowed": ["lossless"]},
+            '"verifiers_allowed" needs "verifier": without it vLLM\'s own verification runs and '
+            'no request can choose. Add "verifier": "lossless".',
+            id="allowed without a verifier",
+        ),
+        pytest.param(
+            {**VLLMS, "length_control": "fixed"},
+            '"length_control" works with proposers from plugins; "ngram" is vLLM\'s own and '
+            "drafts num_speculative_tokens every time. Remove it, or choose a method from: exit.",
+            id="length control beside vLLM's method",
+        ),
+        pytest.param(
+            {**VLLMS, "verifier": "lossless", "rejection_sample_method": "block"},
+            '"rejection_sample_method": "block" is vLLM\'s own verification and would be ignored '
+            'beside "verifier": "lossless". Remove one of them (block verification is '
+            '{"name": "lossless", "rule": "block"}).',
+            id="two verifications",
+        ),
+        pytest.param(
+            {**VLLMS, "verifer": "lossless"},
+            'Unknown option "verifer" beside vLLM\'s method "ngram". Did you mean "verifier"? '
+            "It takes vLLM's own options, and from plugins: verifier, verifiers_allowed.",
+            id="misspelt key beside vLLM's method",
+        ),
+        pytest.param(
+            {**OURS, "weights": object},
+            'The proposer "exit": options must be JSON values: Object of type type is not JSON '
+            "serializable.",
+            id="not JSON",
+        ),
+    ],
+)
+def test_refusals(raw: dict[str, Any], message: str) -> None:
+    assert refusal(raw) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("exit_layer", "2", "input should be a valid integer, got '2'"),
+        ("exit_layer", True, "input should be a valid integer, got True"),
+        ("exit_layer", 0, "input should be greater than or equal to 1, got 0"),
+        ("mode", "slow", "input should be 'fast' or 'exact', got 'slow'"),
+        ("threshold", 1.5, "input should be less than 1, got 1.5"),
+        ("threshold", None, "input should be a valid number, got None"),
+        ("widths", "12", "input should be a valid array, got '12'"),
+    ],
+)
+def test_wrong_type_or_range(option: str, value: object, said: str) -> None:
+    assert refusal({**OURS, option: value}).startswith(f'The proposer "exit": "{option}": {said}.')
+
+
+def test_a_plugin_refuses_what_types_cannot() -> None:
+    with pytest.raises(SpecPluginsError, match="no layer 5 in 4"):
+        take(method="exit", num_speculative_tokens=3, exit_layer=5)
