@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .options import PluginOptions
 from .random_numbers import Purpose, uniforms
-from .vocabulary_passes import first_argmax, log_normaliser
+from .vocabulary_passes import first_argmax, log_normaliser, probability_of
 
 if TYPE_CHECKING:
     from .context import EngineContext, ModelFacts
@@ -131,9 +131,7 @@ class VerifyInput:
     @cached_property
     def draft_token_probability(self) -> Tensor:
         """`[N]` p(x), the target's probability of each draft token; 0 for placeholders."""
-        ids = self.draft_token_ids.clamp(min=0)
-        logits = self.target_logits.gather(1, ids.unsqueeze(1)).squeeze(1)
-        p = (logits - self.target_log_normaliser).exp()
+        p = probability_of(self.target_logits, self.draft_token_ids.clamp(min=0))
         return torch.where(self.draft_token_ids >= 0, p, torch.zeros_like(p))
 
     @cached_property
@@ -350,11 +348,9 @@ def unclaimed(
     Returns:
         `[M, V]`; all 0 where p and q are equal.
     """
-    # exp(logit - log normaliser + log scale), in the memory of the copied rows.
-    shift = batch.target_log_normaliser[rows]
+    left = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
     if scale is not None:
-        shift = shift - scale.log()
-    left = batch.target_logits.index_select(0, rows).sub_(shift.unsqueeze(1)).exp_()
+        left *= scale.unsqueeze(1)
     ids = batch.draft_token_ids[rows].unsqueeze(1)
     if batch.draft_probabilities is None:
         column = ids.clamp(min=0)

@@ -28,15 +28,20 @@ def row_blocks(rows: int, like: Tensor) -> Iterator[slice]:
 
 def log_normaliser(logits: Tensor) -> Tensor:
     """`[rows]` log sum exp of each row of `[rows, V]`; -inf logits allowed."""
-    if logits.device.type != "cpu":
-        return torch.logsumexp(logits, dim=-1)
     result = logits.new_empty(len(logits))
+    for block in row_blocks(len(logits), logits):
+        result[block] = torch.logsumexp(logits[block], dim=-1)
+    return result
+
+
+def probability_of(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """`[rows]` softmax of `[rows, V]` logits at one token per row, `[rows]` int64."""
+    result = logits.new_empty(len(logits))
+    # Reused by every block: memory fresh from the system costs as much as the arithmetic.
     scratch = logits.new_empty(0)
     for block in row_blocks(len(logits), logits):
-        largest = logits[block].amax(dim=-1)
-        # Reused: memory fresh from the system costs more than the exponentials.
-        torch.sub(logits[block], largest.unsqueeze(1), out=scratch.resize_(0))
-        result[block] = scratch.exp_().sum(dim=-1).log_().add_(largest)
+        law = torch.softmax(logits[block], dim=-1, out=scratch.resize_(0))
+        result[block] = law.gather(1, token_ids[block].unsqueeze(1)).squeeze(1)
     return result
 
 
