@@ -162,6 +162,25 @@ def propose_draft_token_ids(self):
     assert "ngram" not in finding.detail
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "level"),
+    [
+        ("NUMBA_THREADING_LAYER", "workqueue", "ok"),
+        ("NUMBA_NUM_THREADS", "1", "note"),
+        ("NUMBA_NUM_THREADS", "4", "warning"),
+    ],
+)
+def test_threads_of_vllm_ngram(
+    variable: str, value: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    monkeypatch.setenv(variable, value)
+    ngram = source(v1__spec_decode__ngram_proposer="@njit(parallel=True)")
+    (finding,) = doctor.ngram_threads(ngram, on_cpu=True)
+    assert finding.level == level
+    assert not list(doctor.ngram_threads(ngram, on_cpu=False))
+
+
 def test_methods_going_away() -> None:
     literal = 'SpeculativeMethod = Literal["ngram", "medusa", EagleModelTypes]'
     (finding,) = doctor.going_away(source(config__speculative=literal))

@@ -60,9 +60,11 @@ LOOPS = (
     "read every speed-up beside its distinct-8-gram share (real source text: 0.98)."
 )
 THREADS = (
-    "All servers run with NUMBA_NUM_THREADS=1: without it vLLM's ngram is far slower on a CPU "
-    "(`vllm-spec doctor`), so this setting is in its favour."
+    "All servers run with NUMBA_THREADING_LAYER=workqueue: without it vLLM's ngram is far slower "
+    "on a CPU (`vllm-spec doctor`), so this setting is in its favour."
 )
+#: Weights that keep one thread busy, in bytes. With less, threads mostly wait for each other.
+BYTES_PER_THREAD = 40_000_000
 
 
 def run(model: str, output: Path, repeats: int, threads: int) -> int:
@@ -99,15 +101,14 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
     pictures = _pictures()
     folder, dtype = model_to_serve(model, threads or None)
     model = Path(model).name
-    # The front end and the engine's scheduler need a core beside the forward pass.
-    threads = threads or max(1, (os.cpu_count() or 2) - 1)
+    threads = threads or threads_for(folder)
     output.mkdir(parents=True, exist_ok=True)
     trace = output / "step_trace.jsonl"
     trace.unlink(missing_ok=True)
     prompts = held_out_prompts(PROMPTS, PROMPT_CHARACTERS)
     console.print(
         f"[bold]{model}[/bold]: {len(prompts)} held-out source files, {TOKENS} greedy tokens each, "
-        f"one request at a time, {repeats} passes, {threads} threads per server",
+        f"one request at a time, {repeats} passes, {threads} threads for each model",
         highlight=False,
     )
     progress = Progress(
@@ -183,6 +184,12 @@ def model_to_serve(model: str, threads: int | None) -> tuple[Path, str]:
     )
 
 
+def threads_for(folder: Path) -> int:
+    """As many as the model has work for; a core is left for front end and scheduler."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return max(1, min((os.cpu_count() or 2) - 1, weights // BYTES_PER_THREAD))
+
+
 def held_out_prompts(count: int, characters: int) -> list[str]:
     """Beginnings of source files that no model of the zoo has seen, whole lines."""
     from vllm_spec_plugins.zoo import corpus
@@ -205,7 +212,7 @@ def _server(
     ]
     environment = {
         "HF_HUB_OFFLINE": "1",
-        "NUMBA_NUM_THREADS": "1",
+        "NUMBA_THREADING_LAYER": "workqueue",
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": "1",

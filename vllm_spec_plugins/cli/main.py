@@ -68,7 +68,7 @@ def demo(
     ] = Path("demo_output"),
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes over the prompts.")] = 3,
     threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads of each server; 0 = the cores less one.")
+        int, typer.Option(min=0, help="CPU threads of each model; 0 = by its size.")
     ] = 0,
 ) -> None:
     """Plain decoding, vLLM's ngram and ngram_adaptive, each on a real server, side by side."""

@@ -184,15 +184,24 @@ def scheduling(source: Source) -> Iterator[Finding]:
 
 
 def ngram_threads(source: Source, on_cpu: bool) -> Iterator[Finding]:
-    """vLLM's `ngram` opens a second pool of OpenMP threads, which fights with torch's."""
-    parallel = "parallel=True" in source(NGRAM)
-    if on_cpu and parallel and os.environ.get("NUMBA_NUM_THREADS") != "1":
+    """vLLM's `ngram` brings a second pool of OpenMP threads, which fights with torch's."""
+    if not on_cpu or "parallel=True" not in source(NGRAM):
+        return
+    topic, remedy = "vLLM's ngram on the CPU", "set NUMBA_THREADING_LAYER=workqueue"
+    if os.environ.get("NUMBA_THREADING_LAYER") == "workqueue":
+        yield Finding(topic, "ok", "its threads leave torch's alone")
+    elif os.environ.get("NUMBA_NUM_THREADS") == "1":
+        # numba's OpenMP layer calls omp_set_num_threads, in the library torch uses.
         yield Finding(
-            "vLLM's ngram on the CPU",
+            topic, "note", "with NUMBA_NUM_THREADS=1 it leaves torch one thread too", remedy
+        )
+    else:
+        yield Finding(
+            topic,
             "warning",
             "its threads compete with torch's for the cores: on the 4 cores we measured, every "
             "forward pass became 200 times slower",
-            "set NUMBA_NUM_THREADS=1",
+            remedy,
         )
 
 
