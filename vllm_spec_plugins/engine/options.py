@@ -26,7 +26,10 @@ def requested(engine_args: EngineArgs) -> dict[str, Any] | None:
     """The speculative config a user gave, when it asks for anything of ours."""
     given = engine_args.speculative_config or {}
     if not isinstance(given, Mapping):
-        return None  # vLLM says what it takes
+        raise ConfigError(
+            f"--speculative-config must be an object, got {given!r}. For example: "
+            '{"method": "ngram_adaptive", "num_speculative_tokens": 5}.'
+        )
     raw = {key.replace("-", "_"): value for key, value in given.items()}
     method = engine_args.spec_method
     if method is not None and method in registry().names(Kind.PROPOSER):
