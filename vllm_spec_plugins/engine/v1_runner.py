@@ -170,7 +170,13 @@ class V1Adapter:
             self._forget(preempted)
         for new in scheduler_output.scheduled_new_reqs:
             self.requests.add(new.req_id, new.sampling_params, new.prompt_embeds is None)
-        return self._update_states_by_vllm(scheduler_output)
+        result = self._update_states_by_vllm(scheduler_output)
+        if self.verifiers:
+            # Our random numbers are keyed and vLLM's drafts ignore seeds, so nobody draws from
+            # these; but vLLM winds them back after a part of a prompt, which a generator on the
+            # CPU refuses: a seeded request with a long prompt would end the engine.
+            self.runner.input_batch.generators.clear()
+        return result
 
     def _forget(self, request_ids: Sequence[str]) -> None:
         if self.proposer is not None:

@@ -4,17 +4,20 @@
 allowed tokens, minimum tokens and thinking budgets, and computes logprobs. Three things in it
 are ours: the rule, the expansion of temperature, top-k and top-p to draft rows (wrong on CPU
 in vLLM 0.32 and 0.33, vllm-project/vllm#55005), and the bonus row, which is not sampled
-before anybody knows whether it is needed.
+before anybody knows whether it is needed, and whose minimum of tokens counts the draft.
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import MinTokensLogitsProcessor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
@@ -42,6 +45,8 @@ class BonusLogits(nn.Module):
         self.logprobs_mode = self.sampler.logprobs_mode
         self.compute_logprobs = self.sampler.compute_logprobs
         self.gather_logprobs = self.sampler.gather_logprobs
+        #: `[R]` draft tokens of the step at hand.
+        self.num_draft: Sequence[int] = ()
         #: `[R, V]` of the step at hand.
         self.logits: Tensor = torch.empty(0)
 
@@ -56,9 +61,10 @@ class BonusLogits(nn.Module):
         constrained = logits.to(torch.float32)
         wants_logprobs = sampling_metadata.max_num_logprobs is not None
         raw = constrained.clone() if wants_logprobs and mode == "raw_logits" else constrained
-        constrained = self.sampler.apply_logits_processors(
-            constrained, sampling_metadata, predict_bonus_token
-        )
+        with min_tokens_after_drafts(sampling_metadata, self.num_draft):
+            constrained = self.sampler.apply_logits_processors(
+                constrained, sampling_metadata, predict_bonus_token
+            )
         constrained = constrain(constrained, sampling_metadata, None)
         self.logits = constrained
         tensors = None
@@ -72,6 +78,45 @@ class BonusLogits(nn.Module):
             ),
             logprobs_tensors=tensors,
         )
+
+
+@contextmanager
+def min_tokens_after_drafts(
+    sampling_metadata: SamplingMetadata, num_draft: Sequence[int]
+) -> Iterator[None]:
+    """Count draft tokens toward `min_tokens` where the bonus row is constrained.
+
+    vLLM counts only verified tokens there, and so forbids a text to stop at a bonus token
+    where it would have stopped without drafts.
+
+    Args:
+        sampling_metadata: Of the R requests.
+        num_draft: `[R]` draft tokens before each bonus token.
+    """
+    processors = [
+        processor
+        for processor in sampling_metadata.logitsprocs.non_argmax_invariant
+        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
+    ]
+    before = [(p.logits_slice, p.restore_logits_slice) for p in processors]
+    for processor in processors:
+        still_short = [
+            row
+            for row, (least, output, *_) in processor.min_toks.items()
+            if len(output) + num_draft[row] < least
+        ]
+
+        def of_short(entries: tuple[Tensor, Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
+            kept = torch.isin(entries[0], entries[0].new_tensor(rows))
+            return entries[0][kept], entries[1][kept]
+
+        processor.logits_slice = of_short(processor.logits_slice, still_short)
+        processor.restore_logits_slice = of_short(processor.restore_logits_slice, still_short)
+    try:
+        yield
+    finally:
+        for processor, slices in zip(processors, before, strict=True):
+            processor.logits_slice, processor.restore_logits_slice = slices
 
 
 def constrain(
@@ -155,6 +200,7 @@ class VerifierBridge(RejectionSampler):
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
         self._metadata = metadata
+        self.sampler.num_draft = metadata.num_draft_tokens
         self._num_draft = torch.tensor(
             metadata.num_draft_tokens, dtype=torch.int64, device=logits.device
         )
