@@ -11,7 +11,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -34,24 +33,6 @@ def address_as_pointer(_context: Any, _address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def prefetch(_context: Any, _address: Any) -> Any:
-    """Start loading the cache line at an int64 address, without waiting for it."""
-
-    def generate(_typing: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        number = ir.IntType(32)
-        pointer = builder.inttoptr(arguments[0], cgutils.voidptr_t)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number]),
-            "llvm.prefetch.p0",
-        )
-        # To read, keep in every level of the cache, data.
-        builder.call(function, [pointer, number(0), number(3), number(1)])
-
-    return types.void(types.int64), generate
 
 
 @compiled

@@ -1,9 +1,4 @@
-"""The one compiled call per step of `ngram_adaptive`: index what is new, then draft.
-
-Nearly all of its time is waiting for memory, as each request's tables have left the cache
-since its last turn. So requests go through each phase one after the other, and each phase
-first asks for what the next one will read.
-"""
+"""The one compiled call per step of `ngram_adaptive`: index what is new, then draft."""
 
 from __future__ import annotations
 
@@ -13,10 +8,10 @@ import numpy as np
 from . import acceptance_estimate as estimate
 from . import suffix_index
 from . import trigram_weights as trigram
-from .compiled import address_as_pointer, compiled, place, prefetch, spread
-from .suffix_index import MAX_DEPTH, NO_TOKEN, NODE_BYTES, ROOT
+from .compiled import address_as_pointer, compiled, place, spread
+from .suffix_index import MAX_DEPTH, NO_TOKEN, ROOT
 
-#: What is known of one request between steps.
+#: What is known of one request, or one shared segment, between steps.
 REQUEST_STATE = np.dtype(
     [
         ("num_tokens", np.int64),  # indexed so far
@@ -24,25 +19,27 @@ REQUEST_STATE = np.dtype(
         ("path_length", np.int64),
         ("path", np.int32, (MAX_DEPTH + 2,)),  # nodes of the last context, shortest first
         ("weights", np.float32, (estimate.NUM_FEATURES,)),  # of its acceptance estimate
+        ("resets", np.int64),  # times it was emptied
+        # What the shared index would have drafted next, to learn from what comes instead.
+        ("watched", np.int64),  # the segment, plus one; 0 = none
+        ("watched_resets", np.int64),  # of the segment then
+        ("watched_token", np.int64),
+        ("watched_features", np.float32, (estimate.NUM_FEATURES,)),
     ]
 )
-#: One request of one step: what is asked, and where its draft stands.
+#: One request of one step.
 WORK = np.dtype(
     [
         ("slot", np.int64),
         ("row", np.int64),  # in the engine's token table
         ("num_tokens", np.int64),
         ("max_draft", np.int64),
-        ("drafted", np.int64),
-        ("drafting", np.int64),  # 0 when its draft is complete
-        ("node", np.int64),  # of the context matched
-        ("length", np.int64),  # of the context matched
-        ("followed", np.int64),  # how often something followed it
-        ("before", np.int64),  # last token but one of text and draft
-        ("last", np.int64),  # last token of text and draft
-        ("expected", np.float64),  # acceptance of the whole draft
     ]
 )
+
+#: Who drafted a token.
+OWN_TEXT, SHARED_TEXT = 0, 1
+SOURCES = ("own text", "shared index")
 
 #: Tokens compared to see that a request still has the text it had.
 _COMPARED = 16
@@ -73,66 +70,102 @@ def describe(index, trigrams, node, length, followed, before, last, features):
 
 
 @compiled
+def append_token(state, index, token, max_match):
+    """Index one token after the `state.num_tokens` that are there."""
+    path = state.path
+    context = path[state.path_length - 1] if state.num_tokens > 0 else ROOT
+    start = suffix_index.known_extension(index, context, token, max_match)
+    state.num_nodes, state.path_length = suffix_index.append(
+        index, state.num_tokens, state.num_nodes, token, max_match, start, path
+    )
+    suffix_index.vote(index, context, token, max_match, path, state.path_length)
+    state.num_tokens += 1
+
+
+@compiled
 def extend(state, index, trigrams, tokens, num_tokens, max_match, rate, features):
     """Index the tokens from `state.num_tokens` to `num_tokens`, learning from each."""
-    path = state.path
     for position in range(state.num_tokens, num_tokens):
         token = tokens[position]
         before = index.tokens[MAX_DEPTH + position - 2]
         last = index.tokens[MAX_DEPTH + position - 1]
-        known, length, context = ROOT, 0, ROOT
-        if position > 0:
-            context = path[state.path_length - 1]
-            node, followed = suffix_index.longest_repeated(index, context, max_match)
+        if position > 0 and rate > 0:
+            node, followed = suffix_index.longest_repeated(
+                index, state.path[state.path_length - 1], max_match
+            )
             if node != ROOT:
                 length = min(index.nodes[node].depth, max_match)
                 predicted = describe(
                     index, trigrams, node, length, followed, before, last, features
                 )
-                if rate > 0:
-                    estimate.learn(state.weights, features, predicted == token, rate)
-                if predicted == token:
-                    known = suffix_index.extended(index, node, length + 1)
-        state.num_nodes, state.path_length = suffix_index.append(
-            index, position, state.num_nodes, token, max_match, known, length + 1, path
-        )
-        if position > 0:
-            suffix_index.vote(index, context, token, max_match, path, state.path_length)
+                estimate.learn(state.weights, features, predicted == token, rate)
+        append_token(state, index, token, max_match)
         if position > 1:
             trigram.reinforce(trigrams, before, last, token)
-    state.num_tokens = num_tokens
 
 
 @compiled
-def draft_token(task, state, index, trigrams, max_match, min_match, threshold, features):
-    """Take the winner after the text and the draft so far, and find its own winner's context.
+def draft(
+    weights,
+    index,
+    node,
+    followed,
+    length,
+    path,
+    trigrams,
+    before,
+    last,
+    most,
+    max_match,
+    min_match,
+    threshold,
+    features,
+    out,
+):
+    """Draft from a matched context, while the draft is expected to be accepted to its end.
+
+    Args:
+        weights: Of the request's acceptance estimate.
+        index: Where to draft from: the request's own index or a shared one.
+        node: Node of the matched context, or ROOT.
+        followed: How often something followed it.
+        length: Tokens matched.
+        path: Nodes of the last context of the index, which nothing followed yet.
+        trigrams: The request's trigram weights.
+        before: Last token but one of the request's text.
+        last: Last token of the request's text.
+        most: Most tokens to draft.
+        max_match: Longest context matched, in tokens.
+        min_match: Shortest context to draft from, in tokens.
+        threshold: Least expected acceptance of a drafted token, with all before it.
+        features: Scratch, `[6]` float32.
+        out: `[K]` int32, the draft, written.
 
     Returns:
-        The token, or NO_TOKEN where the draft ends.
+        Number of tokens drafted and how many of them should be accepted.
     """
     nodes = index.nodes
-    if task.node == ROOT or task.length < min_match:
-        return NO_TOKEN
-    winner = nodes[task.node]
-    token = winner.best_token
-    if task.expected * estimate.bound(
-        state.weights, task.length, winner.best_count, task.followed, features
-    ) < threshold:
-        return NO_TOKEN
-    describe(
-        index, trigrams, task.node, task.length, task.followed, task.before, task.last, features
-    )
-    task.expected *= estimate.probability(state.weights, features)
-    if task.expected < threshold:
-        return NO_TOKEN
-    task.before, task.last = task.last, token
-    length = min(task.length + 1, max_match)
-    node = suffix_index.extended(index, task.node, length)
-    task.node, task.followed = suffix_index.longest_followed(
-        index, node, max_match, state.path, state.path_length
-    )
-    task.length = min(length, nodes[task.node].depth)
-    return token
+    expected, total = np.float32(1), np.float32(0)
+    for column in range(most):
+        if node == ROOT or length < min_match or nodes[node].best_token == NO_TOKEN:
+            return column, total
+        limit = estimate.bound(weights, length, nodes[node].best_count, followed, features)
+        if expected * limit < threshold:
+            return column, total
+        token = describe(index, trigrams, node, length, followed, before, last, features)
+        expected *= estimate.probability(weights, features)
+        if expected < threshold:
+            return column, total
+        out[column] = token
+        total += expected
+        before, last = last, token
+        # The match grows by the token, unless it now ends where the text does.
+        length = min(length + 1, max_match)
+        node, followed = suffix_index.longest_followed(
+            index, suffix_index.extended(index, node, length), max_match, path, len(path)
+        )
+        length = min(length, nodes[node].depth)
+    return most, total
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -145,16 +178,21 @@ def step(
     index_capacities,
     trigram_addresses,
     trigram_capacities,
+    segments,
+    segment_states,
+    segment_addresses,
+    segment_capacities,
     max_match,
     min_match,
     threshold,
     rate,
     drafts,
+    source_of,
 ):
     """Bring every request's index up to date and draft for it.
 
     Args:
-        work: `[R]` WORK, its first four fields filled.
+        work: `[R]` WORK.
         history_address: Address of the engine's token table, int32 rows.
         history_stride: Bytes from one row to the next.
         states: `[slots]` REQUEST_STATE.
@@ -162,19 +200,26 @@ def step(
         index_capacities: `[slots]` int64.
         trigram_addresses: `[slots]` int64.
         trigram_capacities: `[slots]` int64.
+        segments: `[R, S]` int64, shared segments each request may draft from, newest first;
+            -1 = none.
+        segment_states: `[segments]` REQUEST_STATE.
+        segment_addresses: `[segments]` int64.
+        segment_capacities: `[segments]` int64.
         max_match: Longest context matched, in tokens.
         min_match: Shortest context to draft from, in tokens.
         threshold: Least expected acceptance of a drafted token, with all before it.
         rate: Learning rate of the acceptance estimate; 0 keeps the prior.
         drafts: `[R, K]` int32, filled with -1.
+        source_of: `[R, K]` int8, filled with -1; OWN_TEXT or SHARED_TEXT.
     """
     features = np.empty(estimate.NUM_FEATURES, dtype=np.float32)
+    path = np.empty(MAX_DEPTH + 2, dtype=np.int32)
+    other = np.empty(drafts.shape[1], dtype=np.int32)
     for request in range(len(work)):
         task = work[request]
-        task.drafting = 0
         if task.max_draft <= 0:
             continue
-        slot, num_tokens = task.slot, task.num_tokens
+        slot, num_tokens, most = task.slot, task.num_tokens, task.max_draft
         state = states[slot]
         index = suffix_index.index_at(index_addresses[slot], index_capacities[slot])
         trigrams = trigram.weights_at(trigram_addresses[slot], trigram_capacities[slot])
@@ -185,37 +230,100 @@ def step(
         )
         known = state.num_tokens
         if known == 0 or known > num_tokens or not same_text(row, index, known):
-            state.num_nodes = suffix_index.clear(index)
+            reset(state, index)
             trigram.clear(trigrams)
-            state.num_tokens = state.path_length = 0
-            state.weights[:] = estimate.PRIOR
+        elif known < num_tokens:
+            learn_shared(state, segment_states, row[known], rate)
         extend(state, index, trigrams, row, num_tokens, max_match, rate, features)
-        task.node, task.followed = suffix_index.longest_repeated(
-            index, state.path[state.path_length - 1], max_match
+
+        end = MAX_DEPTH + num_tokens - 1
+        before, last = index.tokens[end - 1], index.tokens[end]
+        own_path = state.path[: state.path_length]
+        node, followed = suffix_index.longest_repeated(
+            index, own_path[len(own_path) - 1], max_match
         )
-        task.length = min(index.nodes[task.node].depth, max_match)
-        task.before = index.tokens[MAX_DEPTH + num_tokens - 2]
-        task.last = index.tokens[MAX_DEPTH + num_tokens - 1]
-        task.expected, task.drafting, task.drafted = 1.0, 1, 0
-    for column in range(drafts.shape[1]):
-        for request in range(len(work)):
-            task = work[request]
-            if task.drafting == 0:
-                continue
-            slot = task.slot
-            index = suffix_index.index_at(index_addresses[slot], index_capacities[slot])
-            trigrams = trigram.weights_at(trigram_addresses[slot], trigram_capacities[slot])
-            token = draft_token(
-                task, states[slot], index, trigrams, max_match, min_match, threshold, features
+        length = min(index.nodes[node].depth, max_match)
+        drafted, score = draft(
+            state.weights, index, node, followed, length, own_path, trigrams, before, last,
+            most, max_match, min_match, threshold, features, drafts[request],
+        )  # fmt: skip
+        source_of[request, :drafted] = OWN_TEXT
+
+        for column in range(segments.shape[1]):
+            if segments[request, column] < 0:
+                break
+            segment = segments[request, column]
+            shared = suffix_index.index_at(segment_addresses[segment], segment_capacities[segment])
+            depth, matched = suffix_index.descend(shared, index.tokens, end, max_match, ROOT, path)
+            if depth == 0 or matched <= length:
+                continue  # the request's own text, or a newer segment, knows as much
+            length, node = matched, path[depth - 1]
+            followed = shared.nodes[node].occurrences
+            weights = segment_states[segment].weights
+            watch(state, segment, segment_states[segment].resets)
+            state.watched_token = describe(
+                shared, trigrams, node, length, followed, before, last, state.watched_features
             )
-            if token == NO_TOKEN:
-                task.drafting = 0
-                continue
-            drafts[request, column] = token
-            task.drafted += 1
-            if task.drafted >= task.max_draft:
-                task.drafting = 0
-                continue
+            other_drafted, other_score = draft(
+                weights, shared, node, followed, length, path[:0], trigrams, before, last,
+                most, max_match, min_match, threshold, features, other,
+            )  # fmt: skip
+            if other_score > score:
+                score = other_score
+                drafts[request, :] = NO_TOKEN
+                source_of[request, :] = -1
+                drafts[request, :other_drafted] = other[:other_drafted]
+                source_of[request, :other_drafted] = SHARED_TEXT
+
+
+@compiled
+def watch(state, segment, resets):
+    """Remember that this segment predicts the next token of the request."""
+    state.watched, state.watched_resets = segment + 1, resets
+
+
+@compiled
+def learn_shared(state, segment_states, token, rate):
+    """Teach the segment watched in the last step what really came, if it still is the same."""
+    segment = state.watched - 1
+    state.watched = 0
+    if segment >= 0 and segment_states[segment].resets == state.watched_resets:
+        estimate.learn(
+            segment_states[segment].weights,
+            state.watched_features,
+            state.watched_token == token,
+            rate,
+        )
+
+
+@compiled
+def reset(state, index):
+    """Make an empty index, with an untaught estimate."""
+    state.num_nodes = suffix_index.clear(index)
+    state.num_tokens = state.path_length = state.watched = 0
+    state.resets += 1
+    state.weights[:] = estimate.PRIOR
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def add_document(states, segment, address, capacity, fresh, tokens, max_match):
+    """Append a finished text to a shared segment, with a NO_TOKEN after it.
+
+    Args:
+        states: `[segments]` REQUEST_STATE.
+        segment: Which one.
+        address: Of its index.
+        capacity: Of its index.
+        fresh: Empty it first.
+        tokens: `[n]` int32; the segment has room for n + 1.
+        max_match: As in `step`.
+    """
+    state, index = states[segment], suffix_index.index_at(address, capacity)
+    if fresh:
+        reset(state, index)
+    for position in range(len(tokens)):
+        append_token(state, index, tokens[position], max_match)
+    append_token(state, index, NO_TOKEN, max_match)
 
 
 @numba.njit(nogil=True, error_model="numpy")

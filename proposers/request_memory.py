@@ -10,7 +10,12 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SMALLEST = 256
+_GRAIN = 256
+
+
+def roomy(num_tokens: int) -> int:
+    """A capacity a quarter above need: a growing text is moved a few times in its life."""
+    return -(-(num_tokens + num_tokens // 4) // _GRAIN) * _GRAIN
 
 
 class RequestMemory:
@@ -38,19 +43,21 @@ class RequestMemory:
         self.addresses = np.pad(self.addresses, (0, more))
         self.capacities = np.pad(self.capacities, (0, more))
 
-    def give(self, slot: int, num_tokens: int) -> NDArray[np.uint8] | None:
-        """A new block for at least this many tokens. Returns the one it replaces.
+    def give(self, slot: int, capacity: int) -> NDArray[np.uint8] | None:
+        """A new block, with room for this many tokens. Returns the one it replaces.
 
         The caller keeps the old block until its content is moved.
         """
-        # A quarter more than asked for: a growing text is moved a few times in its life.
-        capacity = -(-(num_tokens + num_tokens // 4) // SMALLEST) * SMALLEST
         old = self._blocks.get(slot)
         # calloc: large blocks are mapped, not written, so unused room costs nothing.
         block = np.zeros(self._bytes_needed(capacity), dtype=np.uint8)
         self._blocks[slot] = block
         self.addresses[slot], self.capacities[slot] = block.ctypes.data, capacity
         return old
+
+    def block(self, slot: int) -> NDArray[np.uint8]:
+        """The slot's block."""
+        return self._blocks[slot]
 
     def take_back(self, slot: int) -> None:
         """Free the slot's block."""

@@ -14,7 +14,7 @@ length of the text. On the way it
   frequent successor, the most recent among equals, is known without a table of successors.
 
 A drafted token never walks from the root: each context remembers the node of itself extended
-by its winner. Neither does an appended token that was the winner.
+by its winner. Nor does an appended token that some context of the text's end would have drafted.
 
 Chosen over a suffix automaton (its clones copy transitions, and counting needs the same walk
 over suffix links, without a bound on their number in repetitive text) and over hash tables of
@@ -27,11 +27,15 @@ suffix tree with Patricia descent.
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 
 from .compiled import address_as_pointer, compiled, place, spread
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: Longest context the layout has room for; also the padding in front of each text.
 MAX_DEPTH = 128
@@ -64,6 +68,11 @@ BYTES_PER_TOKEN = 4 + 2 * NODE.itemsize + 3 * CHILD.itemsize
 def bytes_needed(capacity: int) -> int:
     """Bytes of an index with room for `capacity` tokens: 92 per token."""
     return 4 * MAX_DEPTH + NODE.itemsize + BYTES_PER_TOKEN * capacity
+
+
+def text(block: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The indexed tokens in a block of memory, and what lies behind them."""
+    return block.view(np.int32)[MAX_DEPTH:]
 
 
 @compiled
@@ -119,15 +128,23 @@ def move(old, new, num_tokens, num_nodes):
 
 
 @compiled
-def descend(index, text, end, max_depth, path):
+def descend(index, text, end, max_depth, start, path):
     """Follow the context that ends at `text[end]` as far as the tree knows it.
 
+    Args:
+        index: The tree.
+        text: `[MAX_DEPTH + n]` tokens, with the padding in front.
+        end: Where the context ends, in `text`.
+        max_depth: Longest context to follow.
+        start: A node on the way, or ROOT. Its own longest context may go beyond the way.
+        path: `[MAX_DEPTH + 2]` int32, written: the nodes passed, root's child first.
+
     Returns:
-        Number of nodes written to `path`, root's child first, and the number of tokens
-        matched. Only the last node may be deeper than the match.
+        Number of nodes written and the number of tokens matched. Only the last node may be
+        deeper than the match.
     """
     nodes = index.nodes
-    node, length = ROOT, 0
+    length, node = path_to(index, start, path), start
     while nodes[node].depth < max_depth:
         entry = child_entry(index, node, text[end - nodes[node].depth])
         node = index.children[entry].node
@@ -150,7 +167,7 @@ def descend(index, text, end, max_depth, path):
 
 
 @compiled
-def append(index, num_tokens, num_nodes, token, max_match, known, matched, path):
+def append(index, num_tokens, num_nodes, token, max_match, start, path):
     """Index one token; `vote` for it next.
 
     Args:
@@ -159,9 +176,7 @@ def append(index, num_tokens, num_nodes, token, max_match, known, matched, path)
         num_nodes: Nodes in it.
         token: The one to append.
         max_match: Longest context anyone will ask for; one token more is indexed.
-        known: Node of the longest known context that the token completes, if the caller
-            knows it (`extended`), else ROOT: then this walks from the root to find it.
-        matched: Length of that context.
+        start: From `known_extension`, or ROOT.
         path: `[MAX_DEPTH + 2]` int32, written: the nodes of the new context, shortest first.
 
     Returns:
@@ -170,10 +185,7 @@ def append(index, num_tokens, num_nodes, token, max_match, known, matched, path)
     nodes, max_depth = index.nodes, max_match + 1
     end = MAX_DEPTH + num_tokens
     index.tokens[end] = token
-    if known != ROOT:
-        length = path_to(index, known, path)
-    else:
-        length, matched = descend(index, index.tokens, end, max_depth, path)
+    length, matched = descend(index, index.tokens, end, max_depth, start, path)
     if length > 0 and matched < nodes[path[length - 1]].depth:
         # The context leaves the tree inside an edge: a new node there takes over the
         # occurrences, and the winner among their successors.
@@ -252,6 +264,27 @@ def extended(index, node, length):
     while nodes[nodes[node].parent].depth >= length:
         node = nodes[node].parent
     return node
+
+
+@compiled
+def known_extension(index, node, token, max_match):
+    """A node that the context about to end in `token` passes, without a walk from the root.
+
+    Args:
+        index: Of the text so far.
+        node: Deepest node of its last context.
+        token: The one to come.
+        max_match: Longest context that has a vote.
+
+    Returns:
+        The deepest such node that some winner leads to, or ROOT.
+    """
+    nodes = index.nodes
+    while node != ROOT:
+        if nodes[node].best_token == token and nodes[node].best_count > 0:
+            return extended(index, node, min(nodes[node].depth, max_match) + 1)
+        node = nodes[node].parent
+    return ROOT
 
 
 @compiled
