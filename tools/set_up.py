@@ -67,6 +67,8 @@ class Environment:
         self.state_file = self.folder / "set_up.json"
         self.constraints = root / "constraints.txt"
         self.extras = sorted(set(extras))
+        #: Whether pip only looks for what changed: then its list of what did not is noise.
+        self.is_update = False
 
     def key(self) -> str:
         """Changes whenever what is installed would no longer be what is asked for."""
@@ -140,6 +142,7 @@ class Environment:
         installed = state.get("extras")
         if isinstance(installed, list):
             self.extras = sorted({*self.extras, *installed})
+        self.is_update = bool(state.get("finished")) and same_python
         self.write_state(finished=False, created=ours)
         self.install()
         self.write_state(finished=True, created=ours)
@@ -158,8 +161,12 @@ class Environment:
             )
 
     def install(self) -> None:
-        say("installing; the first time this takes 2 to 5 minutes and 4 GB of disk")
+        if self.is_update:
+            say("the requirements changed: bringing .venv up to date, less than a minute")
+        else:
+            say("installing; the first time this takes 2 to 5 minutes and 4 GB of disk")
         constrained = ("install", "--constraint", str(self.constraints))
+        constrained += ("--quiet",) * self.is_update
         index: tuple[str, ...] = ()
         if "cpu" in self.extras:
             torch = f"torch=={pinned(self.constraints, 'torch')}"

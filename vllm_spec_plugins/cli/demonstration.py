@@ -108,7 +108,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
     prompts = held_out_prompts(PROMPTS, PROMPT_CHARACTERS)
     console.print(
         f"[bold]{model}[/bold]: {len(prompts)} held-out source files, {TOKENS} greedy tokens each, "
-        f"one request at a time, {repeats} passes, {threads} threads for each model",
+        f"one request at a time, {repeats} passes, threads of each model: {threads}",
         highlight=False,
     )
     progress = Progress(
