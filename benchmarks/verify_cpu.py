@@ -10,7 +10,8 @@ logits kept for logprobs whether or not anybody asked for them.
 
     OMP_NUM_THREADS=1 python benchmarks/verify_cpu.py
 
-Contenders take turns within each repeat, in rotating order. One JSON line per case and
+Contenders take turns within each repeat, in shuffled order: what one leaves in the caches and
+the allocator meets each of the others. One JSON line per case and
 contender is appended to benchmarks/results/verify_cpu.jsonl.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -195,8 +197,9 @@ def measure(contenders: dict[str, Callable[[int], Tensor]], repeats: int) -> dic
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     tokens: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for repeat in range(-5, repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             emitted = contenders[name](repeat + 5)
             elapsed = time.perf_counter() - start
