@@ -319,7 +319,7 @@ def table(rows: Sequence[dict[str, Any]], model: str) -> Table:
     line("tokens per second, median", lambda r: f"[bold]{r['tokens_per_second']:.0f}[/bold]")
     line("  slowest to fastest pass", lambda r: f"{r['slowest_pass']:.0f}-{r['fastest_pass']:.0f}")
     line(
-        "  over plain / over vLLM's ngram",
+        "  over plain / over ngram",
         lambda r: f"{r['speed_over_plain']:.2f} / {r['speed_over_vllm_ngram']:.2f}",
     )
     line("tokens per forward pass", lambda r: f"{r['tokens_per_step']:.2f}")
