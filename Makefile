@@ -44,7 +44,7 @@ format: set-up  ## let ruff rewrite what it can
 docs:  ## build the documentation into ./site
 	$(if $(strip $(PYTHON)),,$(error No Python 3.11 or newer found. Install one, or name it: make PYTHON=/path/to/python3.11))
 	@"$(strip $(PYTHON))" tools/set_up.py --extras cpu,dev,docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was built, not .venv
 	rm -rf build dist site demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
