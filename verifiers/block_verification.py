@@ -55,7 +55,7 @@ def capped_ratio(batch: VerifyInput) -> Tensor:
 def block_acceptance(batch: VerifyInput, ratio: Tensor, rows: Tensor) -> Tensor:
     """`[M]` h at some of the N rows: the probability that the draft up to there is acceptable.
 
-    Never more than P, which is what it is at the last token of a block.
+    Never more than P.
 
     Args:
         batch: The step.
@@ -65,7 +65,8 @@ def block_acceptance(batch: VerifyInput, ratio: Tensor, rows: Tensor) -> Tensor:
     ids, scale = batch.draft_token_ids, ratio[rows]
     after = (rows + 1).clamp(max=max(len(ids) - 1, 0))
     inner = (batch.index_in_draft[after] == batch.index_in_draft[rows] + 1) & (ids[after] >= 0)
-    inner &= scale > 0
+    # Elsewhere h is P: at the last token, past a placeholder, and where nothing was capped away.
+    inner &= (scale > 0) & (scale < 1)
     which = inner.nonzero().squeeze(1)
     after, scale = after[which], scale[which]
     if batch.draft_probabilities is None:
@@ -74,10 +75,7 @@ def block_acceptance(batch: VerifyInput, ratio: Tensor, rows: Tensor) -> Tensor:
         left = torch.empty_like(scale)
         for block in row_blocks(len(after), batch.target_logits):
             left[block] = unclaimed(batch, after[block], scale[block]).sum(dim=-1)
-    whole = left + (1 - scale)
-    # Nothing unclaimed and nothing capped away: p and q are equal here.
-    h = torch.where(whole > 0, left / whole, torch.ones_like(whole))
-    return ratio[rows].index_copy(0, which, h)
+    return ratio[rows].index_copy(0, which, left / (left + (1 - scale)))
 
 
 def longest_acceptable(batch: VerifyInput, ratio: Tensor, u: Tensor) -> Tensor:
