@@ -52,6 +52,8 @@ NGRAM = {
 NGRAM_ADAPTIVE = {
     "method": "ngram_adaptive",
     "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+    # Draft nearly always: here it is rejections that are wanted too.
+    "min_acceptance": 0.05,
 }
 DRAFT_MODEL = {
     "method": "draft_model",
