@@ -1,11 +1,10 @@
 """How likely the target is to accept the next token of an n-gram draft.
 
-A logistic model of six things known before drafting: how many tokens match, how often the
-winner and the losers followed them, and the winner's share of the trigram weights. It starts
-from weights fitted once (`PRIOR`) and learns from every token of the request's own text: at
-each position the index would have predicted some token, and the text says what came. So a
-request that copies is soon trusted further than one that does not, drafts depend on nothing
-but the request's own text, and nothing has to be reported back after verification.
+A logistic model of nine things known before drafting. It starts from weights fitted once
+(`PRIOR`) and learns from every token of the request's own text: at each position the index
+would have predicted some token, and the text says what came. So a request that copies is soon
+trusted further than one that does not, drafts depend on nothing but the request's own text,
+and nothing has to be reported back after verification.
 """
 
 from __future__ import annotations
@@ -14,10 +13,19 @@ import numpy as np
 
 from .compiled import compiled
 
-NUM_FEATURES = 6
+NUM_FEATURES = 9
+#: Place of the winner's share of the trigram weights among the features.
+SHARE = 5
 #: Fitted by `benchmarks/ngram_traces.py --fit` on the three development traces, each with
 #: the same total weight.
-PRIOR = np.array([-0.75, 1.51, 1.02, -1.03, -2.32, 2.00], dtype=np.float32)
+PRIOR = np.array([-0.91, 1.14, 0.97, -1.0, -2.28, 2.04, 1.31, 0.0, 0.51], dtype=np.float32)
+
+#: Share of `recent` that each token replaces: about the last thirty count.
+FORGETTING = np.float32(0.03)
+#: `recent` of a request that has only begun.
+RECENT_AT_FIRST = np.float32(0.3)
+#: How far, in tokens, a copy may jump and still be the same copy.
+NEAR = 16
 
 _LOG = np.log(np.arange(1, 4097)).astype(np.float32)
 
@@ -28,22 +36,27 @@ def _log(count):
 
 
 @compiled
-def describe(features, length, best_count, followed, trigram_share):
-    """Fill `features` for a winner.
+def describe(features, length, best_count, followed, recent, distance, jump):
+    """Fill `features` for a winner, with the largest share of the trigram weights it may have.
 
     Args:
-        features: `[6]` float32, written.
+        features: `[9]` float32, written.
         length: Tokens matched, at least 1.
         best_count: How often the winner followed them.
         followed: How often anything did.
-        trigram_share: Winner's share of the trigram weights; negative with no trigram known.
+        recent: Share of the request's latest tokens that were predicted, 0 to 1.
+        distance: Tokens since the winner last stood there; 0 = in another text.
+        jump: Tokens between there and where the last right prediction leads.
     """
     features[0] = 1
     features[1] = _log(length)
     features[2] = _log(best_count)
     features[3] = _log(1 + followed - best_count)
-    features[4] = 0 if trigram_share < 0 else 1
-    features[5] = max(trigram_share, np.float32(0))
+    features[4] = 1 if length >= 2 else 0  # then its trigram is known
+    features[SHARE] = features[4]
+    features[6] = recent - RECENT_AT_FIRST
+    features[7] = _log(distance) - np.float32(5) if distance > 0 else 0
+    features[8] = 1 if distance > 0 and -NEAR < jump < NEAR else 0
 
 
 @compiled
@@ -53,14 +66,6 @@ def probability(weights, features):
     for feature in range(NUM_FEATURES):
         total += weights[feature] * features[feature]
     return np.float32(1) / (np.float32(1) + np.exp(-total))
-
-
-@compiled
-def bound(weights, length, best_count, followed, features):
-    """What `probability` cannot exceed whatever the winner's share: cheap, no table is read."""
-    describe(features, length, best_count, followed, np.float32(1 if length >= 2 else -1))
-    features[5] = 1 if weights[5] > 0 and length >= 2 else 0
-    return probability(weights, features)
 
 
 @compiled

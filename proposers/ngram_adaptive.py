@@ -17,6 +17,7 @@ and of longer matches made drafts worse.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,12 +37,13 @@ if TYPE_CHECKING:
 class NgramAdaptiveOptions(ProposerOptions):
     max_match: int = Field(32, ge=4, le=120, description="Longest context compared, in tokens.")
     min_match: int = Field(1, ge=1, le=32, description="Shortest context to draft from, in tokens.")
-    min_acceptance: float = Field(
-        0.25,
+    min_acceptance: float | None = Field(
+        None,
         ge=0.0,
         lt=1.0,
         description="Draft a token only while it is expected to be accepted, with all before "
-        "it, at least this often.",
+        "it, at least this often. Default: 0.54 / sqrt(num_speculative_tokens), as who asks "
+        "for longer drafts holds a drafted token to be cheaper.",
     )
     adaptation: bool = Field(
         True,
@@ -67,7 +69,7 @@ class NgramAdaptive(Proposer):
     options: NgramAdaptiveOptions
 
     #: Step of the gradient when `adaptation` is on.
-    LEARNING_RATE = 0.02
+    LEARNING_RATE = 0.01
     #: Requests remembered for what they already gave to the shared index: a preempted
     #: request is reported finished, comes back, and finishes again.
     REMEMBERED = 4096
@@ -80,6 +82,10 @@ class NgramAdaptive(Proposer):
 
         self._kernels, self._roomy, self._shares = ngram_step, roomy, trigram_weights.shares
         self._text = suffix_index.text
+        threshold = options.min_acceptance
+        if threshold is None:
+            threshold = 0.54 / math.sqrt(context.facts.num_speculative_tokens)
+        self._threshold = float(threshold)
         slots = context.max_num_requests
         self._indexes = RequestMemory(slots, suffix_index.bytes_needed)
         self._trigrams = RequestMemory(slots, trigram_weights.bytes_needed)
@@ -140,7 +146,7 @@ class NgramAdaptive(Proposer):
                 self._shared.memory.capacities,
                 self.options.max_match,
                 self.options.min_match,
-                self.options.min_acceptance,
+                self._threshold,
                 self.LEARNING_RATE if self.options.adaptation else 0.0,
                 token_ids,
                 source_of,

@@ -19,6 +19,8 @@ REQUEST_STATE = np.dtype(
         ("path_length", np.int64),
         ("path", np.int32, (MAX_DEPTH + 2,)),  # nodes of the last context, shortest first
         ("weights", np.float32, (estimate.NUM_FEATURES,)),  # of its acceptance estimate
+        ("recent", np.float32),  # share of the latest tokens that were predicted
+        ("copied", np.int64),  # where the last right prediction stood, and on from there
         ("resets", np.int64),  # times it was emptied
         # What the shared index would have drafted next, to learn from what comes instead.
         ("watched", np.int64),  # the segment, plus one; 0 = none
@@ -59,14 +61,37 @@ def same_text(tokens, index, num_tokens):
 
 
 @compiled
-def describe(index, trigrams, node, length, followed, before, last, features):
-    """Fill the features of the winner after a context. Returns the winner."""
-    winner = index.nodes[node]
-    share = np.float32(-1)
+def describe(index, own, node, length, followed, now, recent, copied, features):
+    """Fill the features of the winner after a context, but for its share of trigram weights.
+
+    Args:
+        index: Where the context was matched.
+        own: Whether that is the request's own text.
+        node: Of the context.
+        length: Tokens matched.
+        followed: How often something followed them.
+        now: Position the winner is to stand at.
+        recent: Of the request's state.
+        copied: Of the request's state, or of the draft.
+        features: `[9]` float32, written.
+
+    Returns:
+        The winner, and where it last stood after this context.
+    """
+    nodes = index.nodes
+    position = np.int64(nodes[nodes[node].best_node].position)
+    distance = now - position if own else 0
+    jump = position - copied - 1
+    estimate.describe(features, length, nodes[node].best_count, followed, recent, distance, jump)
+    return nodes[node].best_token, position
+
+
+@compiled
+def add_share(trigrams, length, before, last, token, features):
+    """The feature `describe` leaves out: it has to be looked up."""
     if length >= 2:
-        share = trigram.share(trigrams, before, last, winner.best_token)
-    estimate.describe(features, length, winner.best_count, followed, share)
-    return winner.best_token
+        share = trigram.share(trigrams, before, last, token)
+        features[estimate.SHARE] = max(share, np.float32(0))
 
 
 @compiled
@@ -89,16 +114,25 @@ def extend(state, index, trigrams, tokens, num_tokens, max_match, rate, features
         token = tokens[position]
         before = index.tokens[MAX_DEPTH + position - 2]
         last = index.tokens[MAX_DEPTH + position - 1]
-        if position > 0 and rate > 0:
+        right = False
+        state.copied += 1
+        if position > 0:
             node, followed = suffix_index.longest_repeated(
                 index, state.path[state.path_length - 1], max_match
             )
             if node != ROOT:
                 length = min(index.nodes[node].depth, max_match)
-                predicted = describe(
-                    index, trigrams, node, length, followed, before, last, features
-                )
-                estimate.learn(state.weights, features, predicted == token, rate)
+                predicted, stood = describe(
+                    index, True, node, length, followed, position, state.recent,
+                    state.copied - 1, features,
+                )  # fmt: skip
+                right = predicted == token
+                if rate > 0:
+                    add_share(trigrams, length, before, last, predicted, features)
+                    estimate.learn(state.weights, features, right, rate)
+                if right:
+                    state.copied = stood
+        state.recent += estimate.FORGETTING * (np.float32(right) - state.recent)
         append_token(state, index, token, max_match)
         if position > 1:
             trigram.reinforce(trigrams, before, last, token)
@@ -106,8 +140,10 @@ def extend(state, index, trigrams, tokens, num_tokens, max_match, rate, features
 
 @compiled
 def draft(
+    state,
     weights,
     index,
+    own,
     node,
     followed,
     length,
@@ -125,8 +161,10 @@ def draft(
     """Draft from a matched context, while the draft is expected to be accepted to its end.
 
     Args:
-        weights: Of the request's acceptance estimate.
+        state: Of the request.
+        weights: Of the acceptance estimate.
         index: Where to draft from: the request's own index or a shared one.
+        own: Whether it is the request's own.
         node: Node of the matched context, or ROOT.
         followed: How often something followed it.
         length: Tokens matched.
@@ -138,21 +176,26 @@ def draft(
         max_match: Longest context matched, in tokens.
         min_match: Shortest context to draft from, in tokens.
         threshold: Least expected acceptance of a drafted token, with all before it.
-        features: Scratch, `[6]` float32.
+        features: Scratch, `[9]` float32.
         out: `[K]` int32, the draft, written.
 
     Returns:
         Number of tokens drafted and how many of them should be accepted.
     """
-    nodes = index.nodes
+    nodes, copied = index.nodes, state.copied
     expected, total = np.float32(1), np.float32(0)
     for column in range(most):
         if node == ROOT or length < min_match or nodes[node].best_token == NO_TOKEN:
             return column, total
-        limit = estimate.bound(weights, length, nodes[node].best_count, followed, features)
-        if expected * limit < threshold:
+        token, copied = describe(
+            index, own, node, length, followed, state.num_tokens + column, state.recent,
+            copied, features,
+        )  # fmt: skip
+        # With the largest share, and mostly that is enough to see that the draft ends here.
+        most_likely = estimate.probability(weights, features)
+        if weights[estimate.SHARE] >= 0 and expected * most_likely < threshold:
             return column, total
-        token = describe(index, trigrams, node, length, followed, before, last, features)
+        add_share(trigrams, length, before, last, token, features)
         expected *= estimate.probability(weights, features)
         if expected < threshold:
             return column, total
@@ -244,7 +287,7 @@ def step(
         )
         length = min(index.nodes[node].depth, max_match)
         drafted, score = draft(
-            state.weights, index, node, followed, length, own_path, trigrams, before, last,
+            state, state.weights, index, True, node, followed, length, own_path, trigrams, before, last,
             most, max_match, min_match, threshold, features, drafts[request],
         )  # fmt: skip
         source_of[request, :drafted] = OWN_TEXT
@@ -261,11 +304,13 @@ def step(
             followed = shared.nodes[node].occurrences
             weights = segment_states[segment].weights
             watch(state, segment, segment_states[segment].resets)
-            state.watched_token = describe(
-                shared, trigrams, node, length, followed, before, last, state.watched_features
-            )
+            state.watched_token, _ = describe(
+                shared, False, node, length, followed, num_tokens, state.recent, 0,
+                state.watched_features,
+            )  # fmt: skip
+            add_share(trigrams, length, before, last, state.watched_token, state.watched_features)
             other_drafted, other_score = draft(
-                weights, shared, node, followed, length, path[:0], trigrams, before, last,
+                state, weights, shared, False, node, followed, length, path[:0], trigrams, before, last,
                 most, max_match, min_match, threshold, features, other,
             )  # fmt: skip
             if other_score > score:
@@ -303,6 +348,7 @@ def reset(state, index):
     state.num_tokens = state.path_length = state.watched = 0
     state.resets += 1
     state.weights[:] = estimate.PRIOR
+    state.recent, state.copied = estimate.RECENT_AT_FIRST, 0
 
 
 @numba.njit(nogil=True, error_model="numpy")

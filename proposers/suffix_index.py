@@ -47,7 +47,7 @@ NODE = np.dtype(
     [
         ("parent", np.int32),
         ("depth", np.int32),  # tokens in its longest context
-        ("position", np.int32),  # where one of its contexts ends
+        ("position", np.int32),  # where its contexts last ended
         ("first_token", np.int32),  # first token, backwards, of the edge from its parent
         ("occurrences", np.int32),
         ("best_token", np.int32),  # its most frequent successor, the latest among equals
@@ -213,6 +213,7 @@ def append(index, num_tokens, num_nodes, token, max_match, start, path):
         length += 1
     for step in range(length):
         nodes[path[step]].occurrences += 1
+        nodes[path[step]].position = num_tokens
     return num_nodes, length
 
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from vllm_spec_plugins.proposers.ngram_adaptive import NgramAdaptive, NgramAdaptiveOptions
 
 from vllm_spec_plugins.context import EngineContext, ModelFacts
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.proposer import DraftInput, Needs
-from vllm_spec_plugins.proposers.ngram_adaptive import NgramAdaptive, NgramAdaptiveOptions
 
 K = 6
 FACTS = ModelFacts("model", 1000, 64, 2, 4096, K)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from vllm_spec_plugins.proposers import ngram_step, suffix_index, trigram_weights
 from vllm_spec_plugins.proposers.request_memory import RequestMemory, roomy
 
