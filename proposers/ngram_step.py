@@ -287,8 +287,8 @@ def step(
         )
         length = min(index.nodes[node].depth, max_match)
         drafted, score = draft(
-            state, state.weights, index, True, node, followed, length, own_path, trigrams, before, last,
-            most, max_match, min_match, threshold, features, drafts[request],
+            state, state.weights, index, True, node, followed, length, own_path, trigrams,
+            before, last, most, max_match, min_match, threshold, features, drafts[request],
         )  # fmt: skip
         source_of[request, :drafted] = OWN_TEXT
 
@@ -310,8 +310,8 @@ def step(
             )  # fmt: skip
             add_share(trigrams, length, before, last, state.watched_token, state.watched_features)
             other_drafted, other_score = draft(
-                state, weights, shared, False, node, followed, length, path[:0], trigrams, before, last,
-                most, max_match, min_match, threshold, features, other,
+                state, weights, shared, False, node, followed, length, path[:0], trigrams,
+                before, last, most, max_match, min_match, threshold, features, other,
             )  # fmt: skip
             if other_score > score:
                 score = other_score
