@@ -127,8 +127,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
             for way, port in zip(WAYS, free_ports(len(WAYS)), strict=True)
         }
         _wait(servers, progress)
-        seconds = _warm_up(servers, prompts, progress)
-        left = repeats * sum(seconds)
+        left = repeats * _warm_up(servers, prompts, progress)
         task = _stage(progress, f"timed passes (about {left:.0f} s)", repeats * len(WAYS))
         for turn in range(repeats):
             for i in range(len(WAYS)):
@@ -247,14 +246,19 @@ def _wait(servers: dict[Way, Server], progress: Progress) -> None:
         time.sleep(0.2)
 
 
-def _warm_up(servers: dict[Way, Server], prompts: Sequence[str], progress: Progress) -> list[float]:
-    """One pass each, thrown away. Returns what it took, in seconds."""
+def _warm_up(servers: dict[Way, Server], prompts: Sequence[str], progress: Progress) -> float:
+    """A few prompts on each server, thrown away.
+
+    Returns:
+        Seconds that one pass over all prompts may take, on all servers together.
+    """
     task = _stage(progress, "warming up", len(servers))
-    seconds = []
+    some = prompts[: max(1, len(prompts) // 4)]
+    seconds = 0.0
     for server in servers.values():
-        seconds.append(timed_pass(server, prompts)[0].seconds)
+        seconds += timed_pass(server, some)[0].seconds
         progress.advance(task)
-    return seconds
+    return seconds * len(prompts) / len(some)
 
 
 def timed_pass(server: Server, prompts: Sequence[str]) -> tuple[Pass, list[str]]:
