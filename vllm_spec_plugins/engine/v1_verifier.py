@@ -176,6 +176,7 @@ class VerifierBridge(RejectionSampler):
         # Not a submodule: the adapter holds the runner.
         self.__dict__["adapter"] = adapter
         self.verifiers = dict(verifiers)
+        self._keeps_no_raw_logits = self.is_processed_logprobs_mode
         self.needs_hidden_states = any(v.needs_hidden_states for v in verifiers.values())
         self._metadata: Any = None
         self._num_draft: Tensor = torch.empty(0)
@@ -199,6 +200,11 @@ class VerifierBridge(RejectionSampler):
         logits: Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
+        # vLLM copies the `[N, V]` logits before it constrains them, for the logprobs of the raw
+        # ones; without logprobs nobody reads the copy.
+        self.is_processed_logprobs_mode = (
+            self._keeps_no_raw_logits or sampling_metadata.max_num_logprobs is None
+        )
         self._metadata = metadata
         self.sampler.num_draft = metadata.num_draft_tokens
         self._num_draft = torch.tensor(
