@@ -228,7 +228,7 @@ def acme_methods() -> Iterator[None]:
     """`packages/acme_spec_methods` as if it were installed in this process."""
     from importlib.metadata import EntryPoint, entry_points
 
-    from vllm_spec_plugins.engine import options
+    from vllm_spec_plugins.engine.carrier import registry
     from vllm_spec_plugins.registry import Kind, installed
 
     group = Kind.PROPOSER.value
@@ -242,7 +242,7 @@ def acme_methods() -> Iterator[None]:
 
     def forget() -> None:
         installed.cache_clear()
-        options.registry.cache_clear()
+        registry.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent / "packages" / "acme_spec_methods")
