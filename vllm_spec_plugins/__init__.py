@@ -7,10 +7,53 @@ every one of its processes. Names below are resolved when first used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .context import EngineContext, ModelFacts
+    from .draft_probabilities import DraftProbabilities
+    from .errors import SpecPluginsError
+    from .hookspecs import StepRecord, hookimpl
+    from .length_control import LengthController, LengthControlOptions
+    from .proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions, TargetModel
+    from .random_numbers import Purpose, uniforms
+    from .verifier import (
+        AcceptanceRule,
+        Guarantee,
+        Verification,
+        Verifier,
+        VerifierOptions,
+        VerifyInput,
+    )
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "AcceptanceRule",
+    "Draft",
+    "DraftInput",
+    "DraftProbabilities",
+    "EngineContext",
+    "Guarantee",
+    "LengthControlOptions",
+    "LengthController",
+    "ModelFacts",
+    "Needs",
+    "Proposer",
+    "ProposerOptions",
+    "Purpose",
+    "SpecPluginsError",
+    "StepRecord",
+    "TargetModel",
+    "Verification",
+    "Verifier",
+    "VerifierOptions",
+    "VerifyInput",
+    "hookimpl",
+    "uniforms",
+]
+
+#: The module each name lives in.
 _HOME = {
     "AcceptanceRule": "verifier",
     "Draft": "proposer",
@@ -26,6 +69,8 @@ _HOME = {
     "ProposerOptions": "proposer",
     "Purpose": "random_numbers",
     "SpecPluginsError": "errors",
+    "StepRecord": "hookspecs",
+    "TargetModel": "proposer",
     "Verification": "verifier",
     "Verifier": "verifier",
     "VerifierOptions": "verifier",
@@ -33,8 +78,6 @@ _HOME = {
     "hookimpl": "hookspecs",
     "uniforms": "random_numbers",
 }
-
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
