@@ -110,10 +110,23 @@ GREEDY_CONFIGS: dict[str, dict[str, Any] | None] = {
     "ngram_adaptive": drafting("ngram_adaptive"),
     "deterministic": drafting("acme_bigram"),
     "sampled": drafting("acme_sampled"),
-    "sampled, compact": drafting("acme_sampled", vocabulary="compact"),
     "hidden states": drafting("acme_hidden_states"),
     "lenient": drafting("acme_sampled", verifier={"name": "acme_lenient", "floor": 0.25}),
     "failing": drafting("acme_failing", good_steps=12),
+}
+
+#: Token ids of the narrow model: few, so that every pair of tokens has a bin of its own.
+NARROW = 16
+NARROW_PROMPT = [1, 3, 3, 11, 9, 12, 8, 6, 3, 8, 6, 11, 3, 5, 6, 3]
+TEXTS = 1500
+#: Sampled from the narrow model; the first two must leave its law alone.
+LAW_CONFIGS: dict[str, dict[str, Any]] = {
+    "law, sampled": drafting("acme_sampled"),
+    "law, sampled, compact, block": drafting(
+        "acme_sampled", vocabulary="compact", verifier={"name": "lossless", "rule": "block"}
+    ),
+    "law, wrong": drafting("acme_wrong_law"),
+    "law, lenient": drafting("acme_sampled", verifier="acme_lenient"),
 }
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -175,11 +188,47 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """A model of 16 tokens, and its law `[V, V]` of the first two after the prompt."""
+
+    folder: Path
+    law: Any
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Narrow:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("narrow")
+    config = LlamaConfig(
+        vocab_size=NARROW,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        model = LlamaForCausalLM(config).eval()
+        for weights in model.parameters():
+            if weights.ndim == 2:
+                weights.mul_(5)
+        model.save_pretrained(folder)
+        contexts = torch.tensor([[*NARROW_PROMPT, token] for token in range(NARROW)])
+        laws = model(contexts).logits[:, -2:].double().softmax(dim=-1)
+    return Narrow(folder, laws[0, 0, :, None] * laws[:, 1])
+
+
 @pytest.fixture(scope="session")
 def served(
     run: Run,
     random_model: Path,
     model_without_weights: Path,
+    narrow: Narrow,
     prompts: list[dict[str, list[int]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Any]]:
@@ -190,6 +239,14 @@ def served(
     jobs = Jobs()
     for name, spec in GREEDY_CONFIGS.items():
         jobs.add(name, random_model, spec, [greedy])
+    # The first token comes without a draft; the second is verified, or drawn after it.
+    sampled = {
+        "prompts": [NARROW_PROMPT] * TEXTS,
+        "sampling": {"temperature": 1.0, "max_tokens": 4},
+    }
+    for name, spec in LAW_CONFIGS.items():
+        wide = {"max_num_seqs": 256, "max_num_batched_tokens": 4096}
+        jobs.add(name, narrow.folder, spec, [sampled], **wide)
     for name, (spec, _) in REFUSED.items():
         jobs.add(name, model_without_weights, spec, [])
     record = folder / "record.jsonl"
@@ -222,9 +279,7 @@ def test_greedy_text_is_plain_decodings(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "name", ["deterministic", "sampled", "sampled, compact", "hidden states", "lenient"]
-)
+@pytest.mark.parametrize("name", ["deterministic", "sampled", "hidden states", "lenient"])
 def test_a_third_partys_drafts_are_verified(name: str, served: dict[str, Any]) -> None:
     found = tally(served[name])
     assert found["proposer"].startswith("acme_")
@@ -270,7 +325,7 @@ def test_failing_observers_are_reported_and_removed_alone(served: dict[str, Any]
     log = served["log"]["text"]
     assert 'The observer "broken_observer" (acme_broken.observers:RaisesWhenBuilt)' in log
     assert 'The observer "broken_hook" (acme_broken.observers:WithUnknownArgument)' in log
-    engines_of_ours = len(GREEDY_CONFIGS) - 1
+    engines_of_ours = len(GREEDY_CONFIGS) - 1 + len(LAW_CONFIGS)
     failed = 'The observer "acme_broken.observers:RaisesInEveryStep" failed in spec_step_finished'
     assert log.count(failed) == engines_of_ours
 
@@ -328,73 +383,22 @@ def test_listing_names_what_works_and_what_does_not(run: Run) -> None:
     assert lenient["guarantee"] == "heuristic"
 
 
-#: Token ids of the narrow model: few, so that every pair of tokens has a bin of its own.
-NARROW = 16
-TEXTS = 1500
-LAW_CONFIGS: dict[str, dict[str, Any]] = {
-    "sampled": drafting("acme_sampled"),
-    "sampled, compact, block": drafting(
-        "acme_sampled", vocabulary="compact", verifier={"name": "lossless", "rule": "block"}
-    ),
-    "wrong law": drafting("acme_wrong_law"),
-    "lenient": drafting("acme_sampled", verifier="acme_lenient"),
-}
-
-
-@pytest.fixture(scope="session")
-def sampled_texts(
-    run: Run, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """The exact law `[V, V]` of two tokens, and texts of two tokens and more by each config."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    prompt = [1, 3, 3, 11, 9, 12, 8, 6, 3, 8, 6, 11, 3, 5, 6, 3]
-    folder = tmp_path_factory.mktemp("narrow")
-    config = LlamaConfig(
-        vocab_size=NARROW,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(3)
-        model = LlamaForCausalLM(config).eval()
-        for weights in model.parameters():
-            if weights.ndim == 2:
-                weights.mul_(5)
-        model.save_pretrained(folder)
-        contexts = torch.tensor([[*prompt, token] for token in range(NARROW)])
-        laws = model(contexts).logits[:, -2:].double().softmax(dim=-1)
-    law = laws[0, 0, :, None] * laws[:, 1]
-    jobs = Jobs()
-    # The first token comes without a draft; the second is verified, or drawn after it.
-    batch = {"prompts": [prompt] * TEXTS, "sampling": {"temperature": 1.0, "max_tokens": 4}}
-    for name, spec in LAW_CONFIGS.items():
-        jobs.add(name, folder, spec, [batch], max_num_seqs=256, max_num_batched_tokens=4096)
-    return law, jobs.serve(run, folder)
-
-
 @pytest.mark.engine
 @pytest.mark.parametrize("name", LAW_CONFIGS)
-def test_the_law_of_sampled_text(name: str, sampled_texts: tuple[Any, Any]) -> None:
+def test_the_law_of_sampled_text(name: str, served: dict[str, Any], narrow: Narrow) -> None:
     """True draft laws leave the target's law alone; a wrong one, or a relaxed rule, shows."""
     import torch
 
-    law, results = sampled_texts
-    assert results[name]["error"] is None
-    tokens = torch.tensor(results[name]["texts"][0])
+    assert served[name]["error"] is None
+    tokens = torch.tensor(served[name]["texts"][0])
     counts = torch.bincount(tokens[:, 0] * NARROW + tokens[:, 1], minlength=NARROW**2)
-    fit = compare(name, counts, law.flatten())
-    if name in ("wrong law", "lenient"):
+    fit = compare(name, counts, narrow.law.flatten())
+    if name in ("law, wrong", "law, lenient"):
         assert failures([fit], FALSE_ALARM), fit
     else:
         assert not failures([fit], FALSE_ALARM), fit
-    found = tally(results[name])
+    found = tally(served[name])
     assert found["steps"] > 0.9 * TEXTS
     assert 0.1 < found["acceptance_rate"] < 0.95
     # What a relaxed verifier costs is measured while it runs.
-    assert (found["total_variation_price"] > 0.05) == (name == "lenient")
+    assert (found["total_variation_price"] > 0.05) == (name == "law, lenient")

@@ -7,7 +7,6 @@ JOBS is a JSON list; each job has `engine` (arguments of `LLM`) and `batches`, e
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -31,8 +30,6 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     if hasattr(llm.llm_engine.vllm_config.speculative_config, "spec_plugins"):
         [metrics] = llm.collective_rpc("spec_plugins_metrics")
     llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
     return {"texts": texts, "metrics": metrics, "error": None}
 
 
