@@ -283,7 +283,9 @@ def assert_close(found: list[dict[int, Any]], wanted: list[dict[int, Any]]) -> N
             assert logprob == pytest.approx(other[token_id][0], abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("raw_logprobs", marks=pytest.mark.slow), "processed_logprobs"]
+)
 def test_logprobs_of_sampled_text_are_plain_decodings(mode: str, serve: Callable[..., Any]) -> None:
     """A sampled text, token by token, against what plain decoding says of the same contexts."""
     sampling = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "logprobs": 2, "ignore_eos": True}
