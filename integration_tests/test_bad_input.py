@@ -6,6 +6,7 @@ message about `--speculative-config` itself; broken packages are in `test_third_
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -317,12 +318,15 @@ def test_vllm_knows_the_reserved_names() -> None:
 
 @pytest.fixture
 def another_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from vllm_spec_plugins.engine import seams
+    from vllm_spec_plugins.engine import install, seams
 
-    seams.require_supported.cache_clear()
+    remembered = seams.require_supported, install._note_unknown_vllm
+    for answer in remembered:
+        answer.cache_clear()
     monkeypatch.setattr(seams, "installed_version", lambda: "0.99.1")
     yield
-    seams.require_supported.cache_clear()
+    for answer in remembered:
+        answer.cache_clear()
 
 
 @pytest.mark.usefixtures("another_vllm")
@@ -340,7 +344,17 @@ def test_an_unsupported_vllm_is_named_with_the_remedy(
 
 @pytest.mark.usefixtures("another_vllm")
 def test_an_unsupported_vllm_is_left_alone_by_those_who_ask_for_nothing(
-    model_without_weights: Path,
+    model_without_weights: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RuntimeError, match="weights"):
-        serve(model_without_weights, VLLMS, num_gpu_blocks_override=64)
+    """They are told so, once."""
+    from vllm_spec_plugins import hookspecs
+
+    logger = logging.getLogger("test")
+    logger.setLevel(logging.INFO)
+    monkeypatch.setattr(hookspecs, "logger", logger)
+    for spec in (None, None, VLLMS):
+        with pytest.raises(RuntimeError, match="weights"):
+            serve(model_without_weights, spec, num_gpu_blocks_override=64)
+    said = [record.message for record in caplog.records if record.name == "test"]
+    line = "vllm-spec-plugins serves vLLM 0.32, 0.33 and leaves vLLM 0.99.1 alone."
+    assert said.count(line) == 1

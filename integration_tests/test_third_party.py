@@ -337,12 +337,11 @@ def test_what_cannot_be_used_is_refused_before_the_model_loads(
 ) -> None:
     """The model served here has no weights: an error about them would mean they were asked for."""
     error = served[name]["error"]
-    assert error is not None
+    assert error.startswith(("PluginError: ", "ConfigError: "))
     for phrase in REFUSED[name][1]:
         assert phrase in error
     if not name.startswith("misspelt"):
         assert "acme-broken 0.0.1" in error
-    assert error.count("SpecPluginsError") <= 1
 
 
 def test_reading_the_registry_imports_no_plugin(run: Run) -> None:

@@ -36,11 +36,13 @@ def install_config_seam() -> None:
             self: Any, target_model_config: Any, target_parallel_config: Any
         ) -> Any:
             if self.speculative_config is None and self.spec_method is None:
+                _note_unknown_vllm()
                 return original(self, target_model_config, target_parallel_config)
             from . import options
 
             raw = options.requested(self)
             if raw is None:
+                _note_unknown_vllm()
                 _warn_of_cpu_sampling()
                 return original(self, target_model_config, target_parallel_config)
             ours = options.build(raw, self, target_model_config, target_parallel_config)
@@ -156,6 +158,23 @@ def _attach(original: Callable[..., None]) -> Callable[..., None]:
             shield_llvmlite()
 
     return init_device
+
+
+@functools.cache
+def _note_unknown_vllm() -> None:
+    """Those who ask us for nothing get one line, and a vLLM that we do not touch."""
+    from vllm_spec_plugins.errors import listed
+    from vllm_spec_plugins.hookspecs import logger
+
+    from .seams import installed_version, minor, snapshots
+
+    version = installed_version()
+    if version is None or minor(version) not in snapshots():
+        logger.info(
+            "vllm-spec-plugins serves vLLM %s and leaves vLLM %s alone.",
+            listed(snapshots()),
+            version,
+        )
 
 
 @functools.cache
