@@ -370,8 +370,8 @@ def test_a_seeded_request_does_not_depend_on_its_batch(
 
 
 def test_different_seeds_give_different_texts(serving: Any) -> None:
-    texts = [token_ids(complete(serving, TEXTS[:1], seed=s, **SAMPLED))[0] for s in range(20)]
-    assert len({tuple(text) for text in texts}) == 20
+    texts = [token_ids(complete(serving, TEXTS[:1], seed=s, **SAMPLED))[0] for s in range(6)]
+    assert len({tuple(text) for text in texts}) == 6
 
 
 def test_an_engine_seed_reproduces_requests_without_one(serve: Callable[..., Any]) -> None:
@@ -399,9 +399,9 @@ def test_a_seeded_request_without_drafts_survives_preemption(
     }
     prompts = [{"prompt_token_ids": list(range(5 + i, 40 + i))} for i in range(12)]
     with serve(NGRAM_ADAPTIVE) as llm:
-        alone = token_ids([complete(llm, [prompt], **sampling)[0] for prompt in prompts])
+        wanted = token_ids(complete(llm, prompts, **sampling))
     with serve(NGRAM_ADAPTIVE, num_gpu_blocks_override=16, block_size=32) as llm:
         watched = watch(llm)
-        together = token_ids(complete(llm, prompts, **sampling))
+        preempted = token_ids(complete(llm, prompts, **sampling))
     assert watched.preemptions > 0
-    assert together == alone
+    assert preempted == wanted
