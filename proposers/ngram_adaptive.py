@@ -113,9 +113,9 @@ class NgramAdaptive(Proposer):
         return Needs.CACHE_SALT if options.shared_index else Needs.HISTORY
 
     def warm_up(self) -> None:
-        """Compile every kernel, about ten seconds. The second step outgrows the first's memory."""
+        """Compile every kernel: some twenty seconds once, then read from numba's cache."""
         history = np.arange(1200, dtype=np.int32).reshape(1, -1) % 7
-        for num_tokens in (100, 1200):
+        for num_tokens in (100, 1200):  # the second outgrows the memory of the first
             self.propose(_one_request("warm up", history, num_tokens))
         self.trigram_shares("warm up", np.zeros((1, 3), dtype=np.int32))
         type(self._shared)(4096, self.options.max_match).add("", history[0, :10])
@@ -135,13 +135,13 @@ class NgramAdaptive(Proposer):
                 self._work(batch),
                 history.ctypes.data,
                 history.strides[0],
-                self._states,
+                self._states.ctypes.data,
                 self._indexes.addresses,
                 self._indexes.capacities,
                 self._trigrams.addresses,
                 self._trigrams.capacities,
                 self._segments(batch),
-                self._shared.states,
+                self._shared.states.ctypes.data,
                 self._shared.memory.addresses,
                 self._shared.memory.capacities,
                 self.options.max_match,
@@ -189,22 +189,19 @@ class NgramAdaptive(Proposer):
         """Bytes held for requests that have not finished, and for the shared index."""
         return self._indexes.num_bytes + self._trigrams.num_bytes + self._shared.memory.num_bytes
 
-    def _work(self, batch: DraftInput) -> NDArray[np.void]:
+    def _work(self, batch: DraftInput) -> NDArray[np.int64]:
         """One row for each request, with memory for its whole text."""
-        requests = len(batch.request_ids)
-        work: NDArray[np.void] = np.zeros(requests, dtype=self._kernels.WORK)
         slot_of = self._slot_of
         try:
-            work["slot"] = [slot_of[request_id] for request_id in batch.request_ids]
+            slots = [slot_of[request_id] for request_id in batch.request_ids]
         except KeyError:
-            work["slot"] = [self._slot(request_id) for request_id in batch.request_ids]
-        work["row"], work["num_tokens"] = batch.rows, batch.num_tokens
-        work["max_draft"] = batch.max_draft
-        short = work["num_tokens"] > self._indexes.capacities[work["slot"]]
+            slots = [self._slot(request_id) for request_id in batch.request_ids]
+        work = np.empty((len(slots), 4), dtype=np.int64)
+        work[:, 0], work[:, 1] = slots, batch.rows
+        work[:, 2], work[:, 3] = batch.num_tokens, batch.max_draft
+        short = work[:, 2] > self._indexes.capacities[work[:, 0]]
         if short.any():
-            for slot, num_tokens in zip(
-                work["slot"][short].tolist(), work["num_tokens"][short].tolist(), strict=True
-            ):
+            for slot, _, num_tokens, _ in work[short].tolist():
                 self._grow(slot, num_tokens)
         return work
 
@@ -254,18 +251,15 @@ class NgramAdaptive(Proposer):
 
     def _grow(self, slot: int, num_tokens: int) -> None:
         """Have room for `num_tokens` in this slot, keeping what is indexed."""
-        places = []
-        kept = []
+        places, replaced = [], []
         for memory in (self._indexes, self._trigrams):
-            before = (int(memory.addresses[slot]), int(memory.capacities[slot]))
-            kept.append(
-                memory.give(slot, self._roomy(num_tokens))
-            )  # alive until its content is moved
-            after = (int(memory.addresses[slot]), int(memory.capacities[slot]))
-            places += [np.array(before), np.array(after)]
+            places.append(np.array([memory.addresses[slot], memory.capacities[slot]]))
+            replaced.append(memory.give(slot, self._roomy(num_tokens)))
+            places.append(np.array([memory.addresses[slot], memory.capacities[slot]]))
         if self._states["num_tokens"][slot] > 0:
             self._kernels.move(self._states, slot, *places)
-        del kept
+        for memory, block in zip((self._indexes, self._trigrams), replaced, strict=True):
+            memory.free(block)
 
 
 def _one_request(request_id: str, history: NDArray[np.int32], num_tokens: int) -> DraftInput:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 
 from . import acceptance_estimate as estimate
 from . import suffix_index
 from . import trigram_weights as trigram
-from .compiled import address_as_pointer, compiled, place, spread
-from .suffix_index import MAX_DEPTH, NO_TOKEN, ROOT
+from .compiled import address_as_pointer, compiled, entry_point, place, prefetch, spread
+from .suffix_index import CHILD_BYTES, MAX_DEPTH, NO_TOKEN, NODE_BYTES, ROOT
 
 #: What is known of one request, or one shared segment, between steps.
 REQUEST_STATE = np.dtype(
@@ -29,15 +31,8 @@ REQUEST_STATE = np.dtype(
         ("watched_features", np.float32, (estimate.NUM_FEATURES,)),
     ]
 )
-#: One request of one step.
-WORK = np.dtype(
-    [
-        ("slot", np.int64),
-        ("row", np.int64),  # in the engine's token table
-        ("num_tokens", np.int64),
-        ("max_draft", np.int64),
-    ]
-)
+#: Columns of one request of one step.
+SLOT, ROW, NUM_TOKENS, MAX_DRAFT = range(4)
 
 #: Who drafted a token.
 OWN_TEXT, SHARED_TEXT = 0, 1
@@ -211,18 +206,42 @@ def draft(
     return most, total
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@compiled
+def ask_for(state, num_tokens, history_row, index_address, index_capacity, trigrams_address):
+    """Prefetch what indexing the next tokens of a request reads first.
+
+    A step spends most of its time waiting for memory: the tables of a request have left the
+    cache since its last turn. So they are asked for while the request before it is served.
+    """
+    known = state.num_tokens
+    if known < 2 or known >= num_tokens:
+        return
+    nodes = index_address + suffix_index.nodes_offset(index_capacity)
+    for step in range(state.path_length):
+        prefetch(nodes + NODE_BYTES * state.path[step])
+    tokens = numba.carray(address_as_pointer(history_row), (num_tokens,), np.int32)
+    children = index_address + suffix_index.children_offset(index_capacity)
+    entry = place(spread(ROOT, tokens[known]), 3 * index_capacity)
+    prefetch(children + CHILD_BYTES * entry)
+    size = trigram.table_size(index_capacity)
+    context = place(spread(tokens[known - 2], tokens[known - 1]), size)
+    prefetch(trigrams_address + trigram.ENTRY_BYTES * context)
+    following = place(spread(context, tokens[known]), size)
+    prefetch(trigrams_address + trigram.ENTRY_BYTES * (size + following))
+
+
+@entry_point
 def step(
     work,
     history_address,
     history_stride,
-    states,
+    states_address,
     index_addresses,
     index_capacities,
     trigram_addresses,
     trigram_capacities,
     segments,
-    segment_states,
+    segment_states_address,
     segment_addresses,
     segment_capacities,
     max_match,
@@ -235,17 +254,18 @@ def step(
     """Bring every request's index up to date and draft for it.
 
     Args:
-        work: `[R]` WORK.
+        work: `[R, 4]` int64: slot, row in the engine's table, tokens, most to draft.
         history_address: Address of the engine's token table, int32 rows.
         history_stride: Bytes from one row to the next.
-        states: `[slots]` REQUEST_STATE.
+        states_address: Of `[slots]` REQUEST_STATE. An address, like those below, because
+            numba takes ten microseconds to recognise each array of records.
         index_addresses: `[slots]` int64, see `RequestMemory`.
         index_capacities: `[slots]` int64.
         trigram_addresses: `[slots]` int64.
         trigram_capacities: `[slots]` int64.
         segments: `[R, S]` int64, shared segments each request may draft from, newest first;
             -1 = none.
-        segment_states: `[segments]` REQUEST_STATE.
+        segment_states_address: Of `[segments]` REQUEST_STATE.
         segment_addresses: `[segments]` int64.
         segment_capacities: `[segments]` int64.
         max_match: Longest context matched, in tokens.
@@ -258,16 +278,32 @@ def step(
     features = np.empty(estimate.NUM_FEATURES, dtype=np.float32)
     path = np.empty(MAX_DEPTH + 2, dtype=np.int32)
     other = np.empty(drafts.shape[1], dtype=np.int32)
+    states: Any = numba.carray(
+        address_as_pointer(states_address), (len(index_addresses),), REQUEST_STATE
+    )
+    segment_states: Any = numba.carray(
+        address_as_pointer(segment_states_address), (len(segment_addresses),), REQUEST_STATE
+    )
     for request in range(len(work)):
-        task = work[request]
-        if task.max_draft <= 0:
+        if request + 1 < len(work) and work[request + 1, MAX_DRAFT] > 0:
+            slot = work[request + 1, SLOT]
+            ask_for(
+                states[slot],
+                work[request + 1, NUM_TOKENS],
+                history_address + work[request + 1, ROW] * history_stride,
+                index_addresses[slot],
+                index_capacities[slot],
+                trigram_addresses[slot],
+            )
+        slot, num_tokens = work[request, SLOT], work[request, NUM_TOKENS]
+        most = work[request, MAX_DRAFT]
+        if most <= 0:
             continue
-        slot, num_tokens, most = task.slot, task.num_tokens, task.max_draft
         state = states[slot]
         index = suffix_index.index_at(index_addresses[slot], index_capacities[slot])
         trigrams = trigram.weights_at(trigram_addresses[slot], trigram_capacities[slot])
         row = numba.carray(
-            address_as_pointer(history_address + task.row * history_stride),
+            address_as_pointer(history_address + work[request, ROW] * history_stride),
             (num_tokens,),
             np.int32,
         )
@@ -351,7 +387,7 @@ def reset(state, index):
     state.recent, state.copied = estimate.RECENT_AT_FIRST, 0
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@entry_point
 def add_document(states, segment, address, capacity, fresh, tokens, max_match):
     """Append a finished text to a shared segment, with a NO_TOKEN after it.
 
@@ -372,9 +408,9 @@ def add_document(states, segment, address, capacity, fresh, tokens, max_match):
     append_token(state, index, NO_TOKEN, max_match)
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@entry_point
 def move(states, slot, index_from, index_to, trigrams_from, trigrams_to):
-    """Move one request to larger, zeroed memory. Each place is (address, capacity)."""
+    """Move one request to larger memory. Each place is (address, capacity)."""
     state = states[slot]
     suffix_index.move(
         suffix_index.index_at(index_from[0], index_from[1]),

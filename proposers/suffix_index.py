@@ -61,7 +61,7 @@ CHILD = np.dtype([("parent", np.int32), ("node", np.int32)])  # node 0: empty
 #: children: an open-addressing table of `[3 * capacity]`, keyed by (parent, first token).
 SuffixIndex = namedtuple("SuffixIndex", "tokens nodes children")
 
-NODE_BYTES = NODE.itemsize
+NODE_BYTES, CHILD_BYTES = NODE.itemsize, CHILD.itemsize
 BYTES_PER_TOKEN = 4 + 2 * NODE.itemsize + 3 * CHILD.itemsize
 
 
@@ -76,10 +76,22 @@ def text(block: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 
 @compiled
+def nodes_offset(capacity):
+    """Bytes from the address of an index to its nodes."""
+    return 4 * (MAX_DEPTH + capacity)
+
+
+@compiled
+def children_offset(capacity):
+    """Bytes from the address of an index to its table of children."""
+    return nodes_offset(capacity) + NODE_BYTES * (2 * capacity + 1)
+
+
+@compiled
 def index_at(address, capacity):
     """The index in the memory at `address`; `clear` it before first use."""
-    nodes = address + 4 * (MAX_DEPTH + capacity)
-    children = nodes + NODE_BYTES * (2 * capacity + 1)
+    nodes = address + nodes_offset(capacity)
+    children = address + children_offset(capacity)
     return SuffixIndex(
         numba.carray(address_as_pointer(address), (MAX_DEPTH + capacity,), np.int32),
         numba.carray(address_as_pointer(nodes), (2 * capacity + 1,), NODE),
@@ -120,7 +132,8 @@ def _adopt(index, parent, token, node):
 
 @compiled
 def move(old, new, num_tokens, num_nodes):
-    """Copy an index into larger, zeroed memory."""
+    """Copy an index into larger memory."""
+    clear(new)
     new.tokens[: MAX_DEPTH + num_tokens] = old.tokens[: MAX_DEPTH + num_tokens]
     new.nodes[:num_nodes] = old.nodes[:num_nodes]
     for node in range(1, num_nodes):

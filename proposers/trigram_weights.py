@@ -20,11 +20,13 @@ from collections import namedtuple
 import numba
 import numpy as np
 
-from .compiled import address_as_pointer, compiled, place, spread
+from .compiled import address_as_pointer, compiled, entry_point, place, spread
 
 REINFORCEMENT = np.float32(14 * 0.04)
 #: Share of its weight a successor loses each time the two tokens occur again.
 FADING = np.float32(0.2)
+#: What is left of a weight after so many times; the last is as good as nothing.
+_FADED = ((1 - FADING) ** np.arange(128, dtype=np.float32)).astype(np.float32)
 
 CONTEXT = np.dtype(
     [
@@ -50,19 +52,21 @@ ENTRY_BYTES = CONTEXT.itemsize
 assert TRIGRAM.itemsize == ENTRY_BYTES
 
 
+@compiled
+def table_size(capacity):
+    """Entries in each of the two tables."""
+    return capacity + capacity // 2
+
+
 def bytes_needed(capacity: int) -> int:
     """Bytes of the weights of a text of up to `capacity` tokens: 48 per token."""
-    return 2 * ENTRY_BYTES * _table_size(capacity)
-
-
-def _table_size(capacity: int) -> int:
-    return capacity + capacity // 2
+    return 2 * ENTRY_BYTES * table_size(capacity)
 
 
 @compiled
 def weights_at(address, capacity):
     """The weights in the memory at `address`; `clear` them before first use."""
-    size = capacity + capacity // 2
+    size = table_size(capacity)
     return TrigramWeights(
         numba.carray(address_as_pointer(address), (size,), CONTEXT),
         numba.carray(address_as_pointer(address + ENTRY_BYTES * size), (size,), TRIGRAM),
@@ -107,7 +111,8 @@ def trigram_entry(weights, context, third):
 
 @compiled
 def move(old, new):
-    """Copy weights into larger, cleared memory."""
+    """Copy weights into larger memory."""
+    clear(new)
     for entry in range(len(old.trigrams)):
         trigram = old.trigrams[entry]
         if trigram.seen != 0:
@@ -121,7 +126,7 @@ def move(old, new):
 
 @compiled
 def _faded(weight, times):
-    return weight * (np.float32(1) - FADING) ** np.float32(times)
+    return weight * _FADED[min(times, len(_FADED) - 1)]
 
 
 @compiled
@@ -159,7 +164,7 @@ def share(weights, first, second, third):
     return weight(weights, first, second, third) / context.total
 
 
-@compiled
+@entry_point
 def shares(address, capacity, trigrams, out):
     """Score many trigrams of one request in one call.
 

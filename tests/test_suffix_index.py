@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm_spec_plugins.proposers import compiled as compiled_module
 from vllm_spec_plugins.proposers import ngram_step, suffix_index, trigram_weights
 from vllm_spec_plugins.proposers.request_memory import RequestMemory, roomy
 
@@ -145,3 +147,31 @@ def test_weights_fade_and_stay_below_the_cap():
     cap = trigram_weights.REINFORCEMENT / trigram_weights.FADING
     assert trigram_weights.weight(weights, 1, 2, 3) == pytest.approx(0.8 * cap, rel=1e-4)
     assert trigram_weights.weight(weights, 1, 2, 4) == pytest.approx(0.56, rel=1e-4)
+
+
+def test_machine_code_is_kept_until_a_source_changes(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def fresh() -> tuple[int, int]:
+        """Loaded from and not found in the cache, by a new dispatcher of the same function."""
+        kernel = compiled_module.entry_point(trigram_weights.shares.py_func)
+        taught_weights = taught([1, 2, 3])
+        out = np.zeros(1, np.float32)
+        triple = np.array([[1, 2, 3]], np.int32)
+        kernel(int(taught_weights.addresses[0]), 512, triple, out)
+        assert out.tolist() == [1.0]
+        return sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values())
+
+    assert fresh() == (0, 1)
+    assert fresh() == (1, 0)
+    monkeypatch.setattr(compiled_module, "_stamp", lambda: "another source")
+    assert fresh() == (0, 1)
+
+
+def test_no_folder_to_keep_machine_code_in_is_no_error(monkeypatch):
+    def refuse(_self: object) -> None:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr(type(trigram_weights.shares), "enable_caching", refuse)
+    kernel = compiled_module.entry_point(lambda number: number + 1)
+    assert kernel(1) == 2
