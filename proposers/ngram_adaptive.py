@@ -86,10 +86,12 @@ class NgramAdaptive(Proposer):
         if threshold is None:
             threshold = 0.54 / math.sqrt(context.facts.num_speculative_tokens)
         self._threshold = float(threshold)
+        self._rate = self.LEARNING_RATE if options.adaptation else 0.0
         slots = context.max_num_requests
         self._indexes = RequestMemory(slots, suffix_index.bytes_needed)
         self._trigrams = RequestMemory(slots, trigram_weights.bytes_needed)
         self._states: NDArray[np.void] = np.zeros(slots, dtype=ngram_step.REQUEST_STATE)
+        self._states_address = self._states.ctypes.data
         self._slot_of: dict[str, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._shared = shared_index.SharedIndex(options.shared_index_tokens, options.max_match)
@@ -122,35 +124,35 @@ class NgramAdaptive(Proposer):
         self._free_slot("warm up")
 
     def propose(self, batch: DraftInput) -> Draft:
-        requests = len(batch.request_ids)
-        most = int(batch.max_draft.max(initial=0))
-        token_ids = np.full((requests, most), -1, dtype=np.int32)
-        source_of = np.full((requests, most), -1, dtype=np.int8)
-        if most > 0:
-            history = batch.token_history
-            if history.dtype != np.int32 or history.strides[1] != 4:
-                history = np.ascontiguousarray(history, dtype=np.int32)
-            # Addresses, not arrays: one compiled signature for views of every layout.
-            self._kernels.step(
-                self._work(batch),
-                history.ctypes.data,
-                history.strides[0],
-                self._states.ctypes.data,
-                self._indexes.addresses,
-                self._indexes.capacities,
-                self._trigrams.addresses,
-                self._trigrams.capacities,
-                self._segments(batch),
-                self._shared.states.ctypes.data,
-                self._shared.memory.addresses,
-                self._shared.memory.capacities,
-                self.options.max_match,
-                self.options.min_match,
-                self._threshold,
-                self.LEARNING_RATE if self.options.adaptation else 0.0,
-                token_ids,
-                source_of,
-            )
+        history = batch.token_history
+        if history.dtype != np.int32 or history.strides[1] != 4:
+            history = np.ascontiguousarray(history, dtype=np.int32)
+        shape = (len(batch.request_ids), self.context.facts.num_speculative_tokens)
+        token_ids, source_of = np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.int8)
+        work, segments = self._work(batch), self._segments(batch)
+        # Addresses, not arrays: one compiled signature for views of every layout.
+        address, stride = history.ctypes.data, history.strides[0]
+        while not self._kernels.step(
+            work,
+            address,
+            stride,
+            self._states_address,
+            self._indexes.addresses,
+            self._indexes.capacities,
+            self._trigrams.addresses,
+            self._trigrams.capacities,
+            segments,
+            self._shared.states_address,
+            self._shared.memory.addresses,
+            self._shared.memory.capacities,
+            self.options.max_match,
+            self.options.min_match,
+            self._threshold,
+            self._rate,
+            token_ids,
+            source_of,
+        ):
+            self._make_room(work)
         return Draft(token_ids, sources=self._kernels.SOURCES, source_of=source_of)
 
     def finish(self, request_ids: Sequence[str]) -> None:
@@ -190,7 +192,7 @@ class NgramAdaptive(Proposer):
         return self._indexes.num_bytes + self._trigrams.num_bytes + self._shared.memory.num_bytes
 
     def _work(self, batch: DraftInput) -> NDArray[np.int64]:
-        """One row for each request, with memory for its whole text."""
+        """`[R, 4]`, the columns of `ngram_step.step`."""
         slot_of = self._slot_of
         try:
             slots = [slot_of[request_id] for request_id in batch.request_ids]
@@ -199,10 +201,6 @@ class NgramAdaptive(Proposer):
         work = np.empty((len(slots), 4), dtype=np.int64)
         work[:, 0], work[:, 1] = slots, batch.rows
         work[:, 2], work[:, 3] = batch.num_tokens, batch.max_draft
-        short = work[:, 2] > self._indexes.capacities[work[:, 0]]
-        if short.any():
-            for slot, _, num_tokens, _ in work[short].tolist():
-                self._grow(slot, num_tokens)
         return work
 
     def _segments(self, batch: DraftInput) -> NDArray[np.int64]:
@@ -243,11 +241,18 @@ class NgramAdaptive(Proposer):
                 old = len(self._states)
                 new = 2 * old
                 self._states = np.pad(self._states, (0, new - old))
+                self._states_address = self._states.ctypes.data
                 self._indexes.add_slots(new)
                 self._trigrams.add_slots(new)
                 self._free.extend(range(new - 1, old - 1, -1))
             self._slot_of[request_id] = self._free.pop()
         return self._slot_of[request_id]
+
+    def _make_room(self, work: NDArray[np.int64]) -> None:
+        """Give every request that drafts memory for its whole text."""
+        short = (work[:, 2] > self._indexes.capacities[work[:, 0]]) & (work[:, 3] > 0)
+        for slot, _, num_tokens, _ in work[short].tolist():
+            self._grow(slot, num_tokens)
 
     def _grow(self, slot: int, num_tokens: int) -> None:
         """Have room for `num_tokens` in this slot, keeping what is indexed."""

@@ -19,7 +19,6 @@ REQUEST_STATE = np.dtype(
         ("num_tokens", np.int64),  # indexed so far
         ("num_nodes", np.int64),
         ("path_length", np.int64),
-        ("path", np.int32, (MAX_DEPTH + 2,)),  # nodes of the last context, shortest first
         ("weights", np.float32, (estimate.NUM_FEATURES,)),  # of its acceptance estimate
         ("recent", np.float32),  # share of the latest tokens that were predicted
         ("copied", np.int64),  # where the last right prediction stood, and on from there
@@ -29,8 +28,10 @@ REQUEST_STATE = np.dtype(
         ("watched_resets", np.int64),  # of the segment then
         ("watched_token", np.int64),
         ("watched_features", np.float32, (estimate.NUM_FEATURES,)),
+        ("path", np.int32, (MAX_DEPTH + 2,)),  # nodes of the last context, shortest first
     ]
 )
+STATE_BYTES = REQUEST_STATE.itemsize
 #: Columns of one request of one step.
 SLOT, ROW, NUM_TOKENS, MAX_DRAFT = range(4)
 
@@ -210,13 +211,16 @@ def draft(
 def ask_for(state, num_tokens, history_row, index_address, index_capacity, trigrams_address):
     """Prefetch what indexing the next tokens of a request reads first.
 
-    A step spends most of its time waiting for memory: the tables of a request have left the
-    cache since its last turn. So they are asked for while the request before it is served.
+    A step would spend most of its time waiting for memory: the tables of a request have left
+    the cache since its last turn. So they are asked for while the request before is served.
     """
     known = state.num_tokens
     if known < 2 or known >= num_tokens:
         return
     nodes = index_address + suffix_index.nodes_offset(index_capacity)
+    prefetch(nodes)  # the root
+    prefetch(nodes + NODE_BYTES * state.num_nodes)  # where new nodes go
+    prefetch(index_address + 4 * (MAX_DEPTH + known - 1))
     for step in range(state.path_length):
         prefetch(nodes + NODE_BYTES * state.path[step])
     tokens = numba.carray(address_as_pointer(history_row), (num_tokens,), np.int32)
@@ -228,6 +232,14 @@ def ask_for(state, num_tokens, history_row, index_address, index_capacity, trigr
     prefetch(trigrams_address + trigram.ENTRY_BYTES * context)
     following = place(spread(context, tokens[known]), size)
     prefetch(trigrams_address + trigram.ENTRY_BYTES * (size + following))
+
+
+@compiled
+def ask_for_state(state_address, num_tokens, history_row):
+    """Prefetch what `ask_for` reads: the state, with a path of up to 16 nodes, and new tokens."""
+    for line in range(4):
+        prefetch(state_address + 64 * line)
+    prefetch(history_row + 4 * (num_tokens - 2))
 
 
 @entry_point
@@ -272,8 +284,11 @@ def step(
         min_match: Shortest context to draft from, in tokens.
         threshold: Least expected acceptance of a drafted token, with all before it.
         rate: Learning rate of the acceptance estimate; 0 keeps the prior.
-        drafts: `[R, K]` int32, filled with -1.
-        source_of: `[R, K]` int8, filled with -1; OWN_TEXT or SHARED_TEXT.
+        drafts: `[R, K]` int32, written; -1 behind each draft.
+        source_of: `[R, K]` int8, written: OWN_TEXT or SHARED_TEXT; -1 behind each draft.
+
+    Returns:
+        False, and nothing is done, if some request lacks memory for its text.
     """
     features = np.empty(estimate.NUM_FEATURES, dtype=np.float32)
     path = np.empty(MAX_DEPTH + 2, dtype=np.int32)
@@ -284,7 +299,20 @@ def step(
     segment_states: Any = numba.carray(
         address_as_pointer(segment_states_address), (len(segment_addresses),), REQUEST_STATE
     )
+    drafts[:] = NO_TOKEN
+    source_of[:] = -1
     for request in range(len(work)):
+        if work[request, MAX_DRAFT] > 0 and (
+            work[request, NUM_TOKENS] > index_capacities[work[request, SLOT]]
+        ):
+            return False
+    for request in range(len(work)):
+        if request + 2 < len(work) and work[request + 2, MAX_DRAFT] > 0:
+            ask_for_state(
+                states_address + STATE_BYTES * work[request + 2, SLOT],
+                work[request + 2, NUM_TOKENS],
+                history_address + work[request + 2, ROW] * history_stride,
+            )
         if request + 1 < len(work) and work[request + 1, MAX_DRAFT] > 0:
             slot = work[request + 1, SLOT]
             ask_for(
@@ -355,6 +383,7 @@ def step(
                 source_of[request, :] = -1
                 drafts[request, :other_drafted] = other[:other_drafted]
                 source_of[request, :other_drafted] = SHARED_TEXT
+    return True
 
 
 @compiled

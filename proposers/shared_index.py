@@ -36,6 +36,7 @@ class SharedIndex:
         self.memory = RequestMemory(NUM_SEGMENTS, suffix_index.bytes_needed)
         self._max_match = max_match
         self.states: NDArray[np.void] = np.zeros(NUM_SEGMENTS, dtype=ngram_step.REQUEST_STATE)
+        self.states_address = self.states.ctypes.data
         self._salts: list[str | None] = [None] * NUM_SEGMENTS
         self._oldest_first: list[int] = list(range(NUM_SEGMENTS))
 
