@@ -5,10 +5,10 @@ Prompt lookup (Saxena 2023; vLLM's `ngram`) with the counts and the vote of Suff
 cut where the draft is no longer expected to be accepted.
 
 Each token is indexed once (`suffix_index`), so a step costs the same at any length of history;
-a prompt is indexed when it is first seen, in about half a millisecond per thousand tokens.
-Nothing is drafted where nothing matches. The draft is a choice, not a draw: exact under every
-verifier. Memory: 140 bytes for each token of a request's text and up to a quarter more, freed
-when the request finishes.
+a prompt is indexed when it is first seen, in about a millisecond per thousand tokens. Nothing
+is drafted where nothing matches. The draft is a choice, not a draw: exact under every verifier.
+Memory: 140 bytes for each token of a request's text and up to 40 % more, reused when the
+request finishes.
 
 The trigram weights say how far to trust a winner; they do not choose it. Letting them choose
 among the successors of a two-token match changed 1 token in 1000 on the development traces,

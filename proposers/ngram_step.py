@@ -324,7 +324,7 @@ def step(
                 trigram_addresses[slot],
             )
         slot, num_tokens = work[request, SLOT], work[request, NUM_TOKENS]
-        most = work[request, MAX_DRAFT]
+        most = min(work[request, MAX_DRAFT], drafts.shape[1])
         if most <= 0:
             continue
         state = states[slot]

@@ -140,6 +140,8 @@ def test_each_request_has_its_own_limit():
     found = drafts(proposer(**EVERYTHING), {"a": text, "b": text, "c": text}, max_draft=[2, 0, 5])
     assert [len(row) for row in found] == [2, 0, 5]
     assert drafts(proposer(), {"a": text}, max_draft=0) == [[]]
+    assert len(drafts(proposer(**EVERYTHING), {"a": text}, max_draft=K + 100)[0]) == K
+    assert drafts(proposer(), {}) == []
 
 
 def test_drafts_end_where_acceptance_is_not_expected():
@@ -159,6 +161,12 @@ def test_requests_learn_whether_their_matches_can_be_trusted():
         step = ({"a": text}, None, 1)
         assert drafts(proposer(min_acceptance=0.18), *step) == [learnt]
         assert drafts(proposer(min_acceptance=0.18, adaptation=False), *step) == [[501]]
+
+
+def test_a_request_that_may_not_draft_takes_no_memory():
+    source = proposer()
+    drafts(source, {"a": [1, 2, 1], "b": [1, 2, 1]}, max_draft=[0, 0])
+    assert source.num_bytes == 0
 
 
 def test_only_the_verified_text_is_read():
