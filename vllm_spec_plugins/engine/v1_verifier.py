@@ -47,6 +47,8 @@ class BonusLogits(nn.Module):
         self.gather_logprobs = self.sampler.gather_logprobs
         #: `[R]` draft tokens of the step at hand.
         self.num_draft: Sequence[int] = ()
+        #: Whether anybody asked; vLLM always asks for all logprobs here.
+        self.wants_logprobs = False
         #: `[R, V]` of the step at hand.
         self.logits: Tensor = torch.empty(0)
 
@@ -59,8 +61,8 @@ class BonusLogits(nn.Module):
     ) -> SamplerOutput:
         mode = logprobs_mode_override or self.logprobs_mode
         constrained = logits.to(torch.float32)
-        wants_logprobs = sampling_metadata.max_num_logprobs is not None
-        raw = constrained.clone() if wants_logprobs and mode == "raw_logits" else constrained
+        keeps_raw = self.wants_logprobs and mode == "raw_logits"
+        raw = constrained.clone() if keeps_raw else constrained
         with min_tokens_after_drafts(sampling_metadata, self.num_draft):
             constrained = self.sampler.apply_logits_processors(
                 constrained, sampling_metadata, predict_bonus_token
@@ -68,10 +70,9 @@ class BonusLogits(nn.Module):
         constrained = constrain(constrained, sampling_metadata, None)
         self.logits = constrained
         tensors = None
-        if wants_logprobs:
+        if self.wants_logprobs:
             nothing = torch.empty(0)
-            logprobs = raw if mode == "raw_logits" else constrained
-            tensors = LogprobsTensors(nothing, logprobs, nothing)
+            tensors = LogprobsTensors(nothing, raw if keeps_raw else constrained, nothing)
         return SamplerOutput(
             sampled_token_ids=torch.empty(
                 (len(logits), 1), dtype=torch.int32, device=logits.device
@@ -202,9 +203,9 @@ class VerifierBridge(RejectionSampler):
     ) -> SamplerOutput:
         # vLLM copies the `[N, V]` logits before it constrains them, for the logprobs of the raw
         # ones; without logprobs nobody reads the copy.
-        self.is_processed_logprobs_mode = (
-            self._keeps_no_raw_logits or sampling_metadata.max_num_logprobs is None
-        )
+        wants_logprobs = sampling_metadata.max_num_logprobs is not None
+        self.is_processed_logprobs_mode = self._keeps_no_raw_logits or not wants_logprobs
+        self.sampler.wants_logprobs = wants_logprobs
         self._metadata = metadata
         self.sampler.num_draft = metadata.num_draft_tokens
         self._num_draft = torch.tensor(
