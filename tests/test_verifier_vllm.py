@@ -30,8 +30,11 @@ def cpu_kernels() -> None:
     """vLLM's CPU replacements of its Triton kernels, as a worker installs them."""
     from vllm.platforms import current_platform
 
+    from vllm_spec_plugins.engine.install import shield_llvmlite
+
     if not current_platform.is_cpu():
         pytest.skip("vLLM's CPU path needs its CPU build")
+    shield_llvmlite()  # other tests of this process have loaded numba
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from vllm_spec_plugins.errors import listed
 
+from .install import shield_llvmlite
 from .seams import DISTRIBUTIONS, Source, installed_source
 
 CONFIG = "config/speculative.py"
@@ -118,6 +119,7 @@ def expansion_is_right(on_cpu: bool) -> bool:
 
     device = "cpu" if on_cpu else current_platform.device_type
     if on_cpu:
+        shield_llvmlite()
         current_platform.register_triton_kernel_overrides()
     counts = torch.tensor([2, 0, 3], device=device)
     ends = counts.cumsum(0).to(torch.int32)

@@ -35,6 +35,7 @@ def install_config_seam() -> None:
         def create_speculative_config(
             self: Any, target_model_config: Any, target_parallel_config: Any
         ) -> Any:
+            shield_llvmlite()
             if self.speculative_config is None and self.spec_method is None:
                 _note_unknown_vllm()
                 return original(self, target_model_config, target_parallel_config)
@@ -47,7 +48,7 @@ def install_config_seam() -> None:
                 return original(self, target_model_config, target_parallel_config)
             ours = options.build(raw, self, target_model_config, target_parallel_config)
             install_engine_seams()
-            shield_llvmlite()
+            shield_llvmlite()  # a plugin may have loaded numba
             return ours
 
         return create_speculative_config
@@ -155,7 +156,6 @@ def _attach(original: Callable[..., None]) -> Callable[..., None]:
             from .v1_runner import attach
 
             attach(self.worker, self.vllm_config)
-            shield_llvmlite()
 
     return init_device
 
@@ -193,10 +193,11 @@ def _warn_of_cpu_sampling() -> None:
 
 
 def shield_llvmlite() -> None:
-    """Let a CPU engine start in a process where numba is loaded, our own proposers' included.
+    """Let a CPU engine start in a process where numba is loaded, by an engine before it say.
 
     vLLM's kernel registry looks into `__dict__` of every module's every value; llvmlite's
-    library handle answers any attribute with a function, and the registry fails on it.
+    library handle answers any attribute with a function, and the registry fails on it. That
+    can happen to an engine that asks for nothing of ours, too, so every engine passes here.
     """
     ffi = sys.modules.get("llvmlite.binding.ffi")
     known_functions = getattr(getattr(ffi, "lib", None), "_fntab", None)
