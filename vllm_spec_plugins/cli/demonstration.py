@@ -46,7 +46,7 @@ from .comparison import (
 )
 from .server import Server, ServerError, free_ports
 
-PROMPTS = 10
+PROMPTS = 8
 #: Characters of a held-out file that the model is shown; cut at the end of a line.
 PROMPT_CHARACTERS = 1200
 TOKENS = 128
