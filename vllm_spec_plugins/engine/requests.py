@@ -71,7 +71,7 @@ class RequestBatch:
     cache_salts: list[str]
 
 
-class RequestTable:
+class RequestStates:
     """States by request id. Equal on every tensor-parallel rank: built from scheduler output.
 
     Args:

@@ -27,7 +27,7 @@ from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.verifier import Verification, Verifier
 
 from .carrier import PluginSpeculativeConfig, model_facts, registry
-from .requests import RequestBatch, RequestTable
+from .requests import RequestBatch, RequestStates
 from .target import Target
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class V1Adapter:
             seed=model.seed or 0,
         )
         self.proposer_name = settings.proposer.name if settings.proposer else str(spec.method)
-        self.requests = RequestTable(
+        self.requests = RequestStates(
             settings.verifier.name if settings.verifier else "vllm",
             settings.verifiers_allowed,
             spec.num_speculative_tokens,
