@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from .draft_probabilities import DraftProbabilities
     from .errors import SpecPluginsError
     from .hookspecs import StepRecord, hookimpl
-    from .length_control import LengthController, LengthControlOptions
-    from .proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions, TargetModel
+    from .length_control import LengthController, LengthControlOptions, RequestKeys, Signals
+    from .proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions, StepStates
     from .random_numbers import Purpose, uniforms
+    from .target_model import TargetModel
     from .verifier import (
         AcceptanceRule,
         Guarantee,
@@ -42,8 +43,11 @@ __all__ = [
     "Proposer",
     "ProposerOptions",
     "Purpose",
+    "RequestKeys",
+    "Signals",
     "SpecPluginsError",
     "StepRecord",
+    "StepStates",
     "TargetModel",
     "Verification",
     "Verifier",
@@ -68,9 +72,12 @@ _HOME = {
     "Proposer": "proposer",
     "ProposerOptions": "proposer",
     "Purpose": "random_numbers",
+    "RequestKeys": "length_control",
+    "Signals": "length_control",
     "SpecPluginsError": "errors",
     "StepRecord": "hookspecs",
-    "TargetModel": "proposer",
+    "StepStates": "proposer",
+    "TargetModel": "target_model",
     "Verification": "verifier",
     "Verifier": "verifier",
     "VerifierOptions": "verifier",

@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .context import ModelFacts
-from .errors import ConfigError, did_you_mean, listed
+from .errors import ConfigError, PluginError, did_you_mean, listed
+from .length_control import Signals
 from .options import PluginOptions
 from .registry import Kind, Registry, installed
 from .request_options import problems
@@ -275,6 +276,7 @@ def _check(
     settings: PluginSettings, facts_for: Any, rest: dict[str, Any], registry: Registry
 ) -> None:
     """Let every plugin refuse what its option types could not."""
+    _check_signals(settings, registry)
     facts: ModelFacts = facts_for(rest.get("num_speculative_tokens"))
     chosen = [
         (Kind.PROPOSER, settings.proposer),
@@ -285,3 +287,40 @@ def _check(
         if choice is not None:
             plugin, options = choice.build(kind, registry)
             plugin.check(options, facts)
+
+
+def _check_signals(settings: PluginSettings, registry: Registry) -> None:
+    """A length controller must be told what it lives on."""
+    if settings.proposer is None:
+        return
+    control = settings.length_control
+    needs: Signals = registry.load(Kind.LENGTH_CONTROLLER, control.name).needs
+    told: Signals = registry.load(Kind.PROPOSER, settings.proposer.name).signals
+    if needs & ~told:
+        works = [
+            name
+            for name in registry.names(Kind.LENGTH_CONTROLLER)
+            if not _signals_of(registry, name) & ~told
+        ]
+        raise ConfigError(
+            f'length_control "{control.name}" works with proposers that {_WANTED[needs & ~told]}; '
+            f'"{settings.proposer.name}" does not. Beside it: {listed(works)}.'
+        )
+
+
+def _signals_of(registry: Registry, name: str) -> Signals:
+    """What a length controller needs; everything when it cannot be loaded."""
+    try:
+        return registry.load(Kind.LENGTH_CONTROLLER, name).needs
+    except PluginError:
+        return ~Signals.NONE
+
+
+#: In words, for people.
+_WANTED = {
+    Signals.CONFIDENCES: "draft token by token and tell how sure they are",
+    Signals.EXITS: "can leave the target after one of several layers",
+    Signals.CONFIDENCES | Signals.EXITS: (
+        "draft token by token and can leave the target after one of several layers"
+    ),
+}

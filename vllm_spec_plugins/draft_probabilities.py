@@ -15,8 +15,9 @@ class DraftProbabilities:
     Attributes:
         values: `[..., M]`, each row sums to 1. `[R, K, M]` from a proposer,
             `[N, M]` when verifying.
-        vocabulary: `[M]` int64, sorted target ids the columns stand for;
-            None when `M` is the whole vocabulary.
+        vocabulary: `[M]` int64, sorted target ids the columns stand for; or `[..., M]`, each
+            row its own ids in any order, -1 for a column that stands for nothing (its value
+            is 0). None when `M` is the whole vocabulary.
         sampled: `[...]` bool, True where the token was drawn from `values`.
             False rows are deterministic (one-hot at the draft token) and
             their values are ignored. None: all were drawn.
@@ -37,6 +38,10 @@ class DraftProbabilities:
         """
         if self.vocabulary is None:
             column, inside = token_ids.clamp(min=0), token_ids >= 0
+        elif self.vocabulary.ndim > 1:
+            found = (self.vocabulary == token_ids.unsqueeze(-1)).to(torch.uint8)
+            inside, column = found.max(dim=-1)
+            inside = inside.bool() & (token_ids >= 0)
         else:
             column = torch.searchsorted(self.vocabulary, token_ids)
             column = column.clamp(max=self.vocabulary.numel() - 1)
@@ -60,7 +65,11 @@ class DraftProbabilities:
             rows of placeholders are all 0: nothing was drawn there.
         """
         q = self.values.index_select(0, rows)
-        if self.vocabulary is not None:
+        if self.vocabulary is not None and self.vocabulary.ndim > 1:
+            columns = self.vocabulary.index_select(0, rows).clamp(min=0)
+            # Added, not written: unused columns, all of value 0, share the id 0.
+            q = q.new_zeros(len(rows), vocab_size).scatter_add_(1, columns, q)
+        elif self.vocabulary is not None:
             q = q.new_zeros(len(rows), vocab_size).index_copy_(1, self.vocabulary, q)
         elif q.shape[1] < vocab_size:  # a draft head without the target's padding rows
             q = torch.nn.functional.pad(q, (0, vocab_size - q.shape[1]))
@@ -72,8 +81,9 @@ class DraftProbabilities:
 
     def take(self, rows: Tensor) -> DraftProbabilities:
         """The same law for some rows of the first dimension."""
+        vocabulary = self.vocabulary
         return DraftProbabilities(
             self.values[rows],
-            self.vocabulary,
+            vocabulary[rows] if vocabulary is not None and vocabulary.ndim > 1 else vocabulary,
             None if self.sampled is None else self.sampled[rows],
         )

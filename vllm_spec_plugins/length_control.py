@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -25,6 +27,38 @@ if TYPE_CHECKING:
     from .context import EngineContext, ModelFacts
 
 
+class Signals(Flag):
+    """What a proposer tells while it drafts, and what a length controller lives on."""
+
+    NONE = 0
+    #: The proposer drafts token by token and asks `LengthController.stop_after`.
+    CONFIDENCES = auto()
+    #: The proposer can leave the target after one of several layers and reports how each
+    #: would have done (`exit_selection.ExitController`).
+    EXITS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKeys:
+    """The requests of a drafting round: what memory and random numbers are keyed by.
+
+    Attributes:
+        request_ids: `[R]`.
+        streams: `[R]` int64 random stream of each (`random_numbers`, `Purpose.LENGTH`).
+        positions: `[R]` int64 sequence position of the first draft token.
+    """
+
+    request_ids: Sequence[str]
+    streams: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+    def select(self, requests: NDArray[np.integer] | NDArray[np.bool_]) -> RequestKeys:
+        """Some of the requests: indices or a mask."""
+        chosen: list[int] = np.arange(len(self.request_ids))[requests].tolist()
+        names: list[str] = [self.request_ids[i] for i in chosen]
+        return RequestKeys(names, self.streams[chosen], self.positions[chosen])
+
+
 class LengthControlOptions(PluginOptions):
     """Options of one length controller."""
 
@@ -33,6 +67,8 @@ class LengthController(ABC):
     """How many tokens each request drafts."""
 
     Options: ClassVar[type[LengthControlOptions]] = LengthControlOptions
+    #: What it cannot work without: refused at start beside a proposer that does not tell it.
+    needs: ClassVar[Signals] = Signals.NONE
 
     def __init__(self, options: LengthControlOptions, context: EngineContext) -> None:
         self.options = options
@@ -43,16 +79,18 @@ class LengthController(ABC):
         """Refuse what the options' types cannot. Raises `SpecPluginsError`."""
 
     @abstractmethod
-    def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
+    def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
         """`[R]` most tokens to draft now, 0 to `num_speculative_tokens`."""
 
     def stop_after(
-        self, request_ids: Sequence[str], step: int, confidences: NDArray[np.float32]
+        self, requests: RequestKeys, step: int, confidences: NDArray[np.float32]
     ) -> NDArray[np.bool_]:
         """Whether the token just drafted is the last one. It is kept either way.
 
+        Asked only of controllers that need `Signals.CONFIDENCES`.
+
         Args:
-            request_ids: `[R]`.
+            requests: `[R]` those still drafting.
             step: 0 for the first token of the draft.
             confidences: `[R]` probability of the drafted token under the draft.
 
@@ -60,7 +98,7 @@ class LengthController(ABC):
             `[R]` bool.
         """
         del step, confidences
-        return np.zeros(len(request_ids), dtype=np.bool_)
+        return np.zeros(len(requests.request_ids), dtype=np.bool_)
 
     def observe(
         self,
@@ -86,8 +124,10 @@ class LengthController(ABC):
 class Fixed(LengthController):
     """Always `num_speculative_tokens`."""
 
-    def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
-        return np.full(len(request_ids), self.context.facts.num_speculative_tokens, dtype=np.int64)
+    def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
+        return np.full(
+            len(requests.request_ids), self.context.facts.num_speculative_tokens, dtype=np.int64
+        )
 
 
 class AdditiveOptions(LengthControlOptions):
@@ -132,8 +172,8 @@ class Additive(LengthController):
                 f"minimum is {options.minimum}, start {start} and maximum {maximum}."
             )
 
-    def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
-        rows = self._lengths.rows(request_ids)
+    def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
+        rows = self._lengths.rows(requests.request_ids)
         return self._lengths.values[rows, 0].astype(np.int64)
 
     def observe(
@@ -235,8 +275,9 @@ class ExpectedSpeedup(LengthController):
             return self.options.cost_ratio
         return self._cost.ratio(num_requests)
 
-    def limits(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
+    def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
         self._steps += 1
+        request_ids = requests.request_ids
         rows = self._table.rows(request_ids)
         cost = self.cost_ratio(len(rows))
         if cost is None:

@@ -7,21 +7,23 @@ V the vocabulary, H the hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
+from .length_control import RequestKeys, Signals
 from .options import PluginOptions
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from .context import EngineContext, ModelFacts
     from .draft_probabilities import DraftProbabilities
     from .length_control import LengthController
+    from .target_model import TargetModel
 
 
 class ProposerOptions(PluginOptions):
@@ -43,15 +45,42 @@ class Needs(Flag):
     #: The `cache_salt` each request came with, so that state shared between
     #: requests can be kept apart as vLLM keeps its prefix cache apart.
     CACHE_SALT = auto()
+    #: `Proposer.follow` is called in every step, with hidden states after `Proposer.layers`.
+    LAYER_STATES = auto()
+    #: The target's own layers, run over its own cache (`TargetModel`). Engines whose layers
+    #: cannot be run apart are refused at start. Drafts go to lookahead slots.
+    TARGET_LAYERS = 32 | LOOKAHEAD_SLOTS
 
 
-class TargetModel(Protocol):
-    """The loaded target, as handed to `Proposer.load`."""
+@dataclass(frozen=True, slots=True)
+class StepStates:
+    """What one engine step computed, drafting or not: every prompt part and every verification.
 
-    @property
-    def module(self) -> nn.Module:
-        """The target itself."""
-        ...
+    The T tokens of the step lie end to end, request by request; rejected draft tokens are
+    among them, and what is kept of those is overwritten when their positions come again.
+
+    Attributes:
+        request_ids: `[R]` requests of the step, in row order.
+        num_scheduled: `[R]` int64, tokens of each; sums to T.
+        num_verified: `[R]` int64, how many of them stand: all but the rejected draft tokens.
+        num_draft: `[R]` int64, draft tokens among them, its last ones.
+        emitted: `[R]` tokens each request emitted; empty where a prompt is not read yet.
+        token_ids: `[T]` int64 on the device.
+        positions: `[T]` int64 on the device.
+        layer_states: By number of layers run, `[T, H]` hidden states after that many layers,
+            before any norm. `num_layers` itself: what the final norm reads.
+        temperatures: `[R]` float32 on the host, 0 = greedy.
+    """
+
+    request_ids: Sequence[str]
+    num_scheduled: NDArray[np.int64]
+    num_verified: NDArray[np.int64]
+    num_draft: NDArray[np.int64]
+    emitted: Sequence[Sequence[int]]
+    token_ids: Tensor
+    positions: Tensor
+    layer_states: Mapping[int, Tensor]
+    temperatures: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +123,11 @@ class DraftInput:
         """`[R]` the token each draft continues from."""
         return self.token_history[self.rows, self.num_tokens - 1]
 
+    @property
+    def keys(self) -> RequestKeys:
+        """What length controllers are asked with."""
+        return RequestKeys(self.request_ids, self.streams, self.num_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -120,11 +154,13 @@ class Proposer(ABC):
 
     The life of one: `check` in the front end, before anything loads; the constructor in each
     worker; `load` when the target's weights are there; `warm_up` before the first request;
-    then `propose` and `finish` as requests come and go.
+    then `follow`, `propose` and `finish` as requests come and go.
     """
 
     Options: ClassVar[type[ProposerOptions]] = ProposerOptions
     needs: ClassVar[Needs] = Needs.HISTORY
+    #: What it tells a length controller while it drafts.
+    signals: ClassVar[Signals] = Signals.NONE
 
     def __init__(self, options: ProposerOptions, context: EngineContext) -> None:
         self.options = options
@@ -144,8 +180,17 @@ class Proposer(ABC):
         del options
         return cls.needs
 
+    @classmethod
+    def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
+        """With `Needs.LAYER_STATES`: the numbers of layers after which states are wanted."""
+        del options, facts
+        return ()
+
     def load(self, target: TargetModel) -> None:
         """Take references to the target, load own weights. No cache exists yet."""
+
+    def follow(self, states: StepStates) -> None:
+        """With `Needs.LAYER_STATES`: what a step computed, before `propose` is asked."""
 
     def warm_up(self) -> None:
         """Compile and touch everything the first real step would otherwise wait for."""

@@ -20,7 +20,7 @@ from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import PluginError
 from vllm_spec_plugins.hookspecs import StepRecord, logger, plugin_manager, tell
-from vllm_spec_plugins.length_control import Fixed, LengthController
+from vllm_spec_plugins.length_control import Fixed, LengthController, RequestKeys
 from vllm_spec_plugins.metrics import Metrics
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer
 from vllm_spec_plugins.registry import Kind
@@ -367,7 +367,8 @@ class V1Adapter:
         np.minimum(max_draft, requests.max_tokens + (num_prompt - num_tokens) - 1, out=max_draft)
         np.minimum(max_draft, facts.max_model_len - 1 - num_tokens, out=max_draft)
         if self._has_length_control:
-            limits = self.length_control.limits(requests.request_ids)
+            keys = RequestKeys(requests.request_ids, requests.streams, num_tokens)
+            limits = self.length_control.limits(keys)
             np.minimum(max_draft, limits, out=max_draft)
         np.maximum(max_draft, 0, out=max_draft)
         hidden = None

@@ -1,0 +1,1 @@
+"""What `vllm-spec calibrate` measures and trains, on any local model in Hugging Face's format."""
