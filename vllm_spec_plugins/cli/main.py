@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from . import calibrate
+
 app = typer.Typer(
     name="vllm-spec",
     help="Speculative decoding in vLLM with proposers and verifiers from plugins.",
@@ -14,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(calibrate.app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
