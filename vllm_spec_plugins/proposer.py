@@ -61,6 +61,7 @@ class StepStates:
 
     Attributes:
         request_ids: `[R]` requests of the step, in row order.
+        rows: `[R]` int64, for `TargetModel.sequences`.
         num_scheduled: `[R]` int64, tokens of each; sums to T.
         num_verified: `[R]` int64, how many of them stand: all but the rejected draft tokens.
         num_draft: `[R]` int64, draft tokens among them, its last ones.
@@ -73,6 +74,7 @@ class StepStates:
     """
 
     request_ids: Sequence[str]
+    rows: NDArray[np.int64]
     num_scheduled: NDArray[np.int64]
     num_verified: NDArray[np.int64]
     num_draft: NDArray[np.int64]

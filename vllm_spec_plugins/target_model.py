@@ -69,6 +69,10 @@ class PagedAttention(Protocol):
         """
         ...
 
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Write keys and values of T tokens and attend to nothing; inside a step only."""
+        ...
+
     def rotate(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """The target's rotary position embedding, `[T]` positions."""
         ...

@@ -2,15 +2,252 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from vllm.config import set_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from vllm_spec_plugins.errors import SpecPluginsError
+from vllm_spec_plugins.target_model import LayerState
+
+from .language_model_head import EngineHead
+from .paged_sequences import Pages, Sequences
+from .target_layers import LayerParts, Stack
+
+#: Positions of each request in `warm_up_sequences`.
+_WARM_UP_POSITIONS = 64
+#: Tokens of the self-check: some in one pass, some one by one.
+_CHECK_AT_ONCE, _CHECK_ONE_BY_ONE = 5, 3
+#: Largest difference to the target's own logits, relative to the largest logit.
+_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 class Target:
-    """Implements `proposer.TargetModel`."""
+    """Implements `target_model.TargetModel`.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The target, weights loaded.
+        runner: The model runner that serves it.
+        num_speculative_tokens: Most positions drafted past the verified ones.
+    """
+
+    def __init__(self, module: nn.Module, runner: Any, num_speculative_tokens: int) -> None:
         self._module = module
+        self._runner = runner
+        self._lookahead = num_speculative_tokens
+        self._found: LayerParts | None = None
+        self._head: EngineHead | None = None
 
     @property
     def module(self) -> nn.Module:
         return self._module
+
+    @property
+    def _parts(self) -> LayerParts:
+        if self._found is None:
+            _refuse_caches_unknown(self._module)
+            self._found = LayerParts(self._module)
+        return self._found
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._parts.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._runner.dtype
+
+    @property
+    def head(self) -> EngineHead:
+        if self._head is None:
+            hidden_size = self._runner.model_config.get_hidden_size()
+            self._head = EngineHead(self._module, hidden_size, self.dtype, self._runner.device)
+        return self._head
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        return get_tensor_model_parallel_rank()
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        return tensor_model_parallel_all_reduce(partial)
+
+    def attention(self, name: str) -> TargetLikeAttention:
+        return TargetLikeAttention(name, self._parts.layers, self._runner.vllm_config)
+
+    def layers(
+        self,
+        start: int,
+        stop: int,
+        *,
+        skip_layers: Sequence[int] = (),
+        skip_attention: Sequence[int] = (),
+        skip_ffn: Sequence[int] = (),
+    ) -> Stack:
+        return self._parts.stack(start, stop, skip_layers, skip_attention, skip_ffn)
+
+    def embed(self, token_ids: Tensor) -> LayerState:
+        return self._parts.embed(token_ids)
+
+    def final_norm(self, state: LayerState) -> Tensor:
+        return self._parts.final_norm(state)
+
+    def sequences(self, rows: NDArray[np.int64]) -> Sequences:
+        batch = self._runner.input_batch
+        index = torch.from_numpy(rows).to(self._runner.device)
+        longest = int(batch.num_tokens_no_spec[rows].max()) + self._lookahead
+        pages = []
+        for group, table in self._groups():
+            block_table = table.get_device_tensor(batch.num_reqs)[index]
+            pages.append(Pages(group, table.block_size, block_table))
+        return Sequences(pages, self._runner.vllm_config, longest)
+
+    def warm_up_sequences(self, num_requests: int) -> Sequences:
+        num_blocks = self._runner.kv_cache_config.num_blocks
+        pages = []
+        for group, table in self._groups():
+            width = -(-_WARM_UP_POSITIONS // table.block_size)
+            # Block 0 is vLLM's own, for padding.
+            ids = torch.arange(num_requests * width) % (num_blocks - 1) + 1
+            block_table = ids.view(num_requests, width).to(self._runner.device, torch.int32)
+            pages.append(Pages(group, table.block_size, block_table))
+        return Sequences(pages, self._runner.vllm_config, _WARM_UP_POSITIONS)
+
+    def check(self) -> None:
+        """All layers, run through this view, must give the target's own logits.
+
+        Raises:
+            SpecPluginsError: They do not; the model has a part we do not run.
+        """
+        count, device = _CHECK_AT_ONCE + _CHECK_ONE_BY_ONE, self._runner.device
+        token_ids = torch.arange(1, count + 1, device=device) % self.head.vocab_size
+        positions = torch.arange(count, device=device)
+        sequences, stack = self.warm_up_sequences(1), self.layers(0, self.num_layers)
+        with torch.inference_mode():
+            with sequences.step(positions, [count]):
+                out = self._module(
+                    input_ids=token_ids,
+                    positions=positions,
+                    intermediate_tensors=None,
+                    inputs_embeds=None,
+                )
+            hidden = out[0] if isinstance(out, tuple) else out
+            expected = self.head.logits(hidden)
+            passes = [range(_CHECK_AT_ONCE), *([i] for i in range(_CHECK_AT_ONCE, count))]
+            ours = []
+            for indices in passes:
+                span = slice(indices[0], indices[-1] + 1)
+                with sequences.step(positions[span], [len(indices)]):
+                    state = stack(self.embed(token_ids[span]), positions[span])
+                ours.append(self.head.logits(self.final_norm(state)))
+        off = (torch.cat(ours) - expected).abs().max() / expected.abs().max()
+        tolerance = _CHECK_TOLERANCE.get(self.dtype, _CHECK_TOLERANCE[torch.bfloat16])
+        if not off <= tolerance:  # NaN fails
+            raise SpecPluginsError(
+                f"{type(self._module).__name__}: its layers run one by one give other logits than "
+                f"the model itself (off by {float(off):.2g} of the largest, {tolerance:.2g} "
+                "allowed), so this model does something between its layers that drafting with "
+                "them would miss. Use another proposer (`vllm-spec list`)."
+            )
+
+    def _groups(self) -> list[tuple[Any, Any]]:
+        """Every attention group of the engine with its block table."""
+        tables = self._runner.input_batch.block_table
+        return [
+            (group, tables[index])
+            for index, groups in enumerate(self._runner.attn_groups)
+            for group in groups
+        ]
+
+
+class TargetLikeAttention:
+    """Implements `target_model.PagedAttention`: a layer of our own in vLLM's cache.
+
+    Built before vLLM plans its cache, it gets pages as if it were a layer of the target.
+    """
+
+    def __init__(self, name: str, layers: Sequence[nn.Module], vllm_config: Any) -> None:
+        found = [_attention_of(layer) for layer in layers]
+        like = found[0]
+        if any((a.num_kv_heads, a.head_size, a.sliding_window) != _shape(like) for a in found):
+            raise SpecPluginsError(
+                "the target's layers differ in heads or attention window; a trained layer of its "
+                "own (adapter) needs a target whose layers are alike."
+            )
+        self._rotary = _rotary_of(layers[0])
+        with set_current_vllm_config(vllm_config):
+            self._attention = Attention(
+                like.num_heads,
+                like.head_size,
+                like.impl.scale,
+                num_kv_heads=like.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                per_layer_sliding_window=like.sliding_window,
+                # vLLM reads the layer's number from its name.
+                prefix=f"{name}.layers.{len(layers)}.attn",
+            )
+            self._attention.process_weights_after_loading(vllm_config.model_config.dtype)
+        self.num_heads: int = like.num_heads
+        self.num_kv_heads: int = like.num_kv_heads
+        self.head_dim: int = like.head_size
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._attention(query, key, value)
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        layer = self._attention
+        if layer.attn_backend.forward_includes_kv_cache_update:
+            query = key.new_zeros(len(key), self.num_heads * self.head_dim)
+            layer(query, key, value)
+            return
+        shape = (-1, self.num_kv_heads, self.head_dim)
+        unified_kv_cache_update(key.view(shape), value.view(shape), layer.layer_name)
+
+    def rotate(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rotary(positions, query, key)
+
+
+def _shape(attention: Attention) -> tuple[int, int, int | None]:
+    return attention.num_kv_heads, attention.head_size, attention.sliding_window
+
+
+def _attention_of(layer: nn.Module) -> Attention:
+    """The paged attention inside a layer."""
+    return next(module for module in layer.modules() if isinstance(module, Attention))
+
+
+def _rotary_of(layer: nn.Module) -> nn.Module:
+    for module in layer.modules():
+        rotary = getattr(module, "rotary_emb", None)
+        if isinstance(rotary, nn.Module):
+            return rotary
+    raise SpecPluginsError(
+        f"{type(layer).__name__} has no rotary position embedding; the adapter needs one."
+    )
+
+
+def _refuse_caches_unknown(module: nn.Module) -> None:
+    """Layers whose state is not plain paged keys and values cannot be drafted with."""
+    for name, part in module.named_modules():
+        if isinstance(part, AttentionLayerBase) and not isinstance(part, Attention):
+            raise SpecPluginsError(
+                f"{type(module).__name__} keeps a state of its own in {name} "
+                f"({type(part).__name__}); drafting with the target's own layers works with paged "
+                "keys and values only. Use another proposer (`vllm-spec list`)."
+            )
+        if isinstance(part, Attention) and part.kv_sharing_target_layer_name is not None:
+            raise SpecPluginsError(
+                f"{type(module).__name__}: {name} reads the keys and values of "
+                f"{part.kv_sharing_target_layer_name}; drafting with the target's own layers works "
+                "when each layer has its own. Use another proposer (`vllm-spec list`)."
+            )

@@ -97,6 +97,7 @@ class V1Adapter:
         self._is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
 
         self.proposer: Proposer | None = None
+        self.target: Target | None = None
         self._needs = Needs.HISTORY
         self._failures = 0
         self._draft: Draft | None = None
@@ -134,7 +135,8 @@ class V1Adapter:
         """The target's weights are there."""
         del args, kwargs
         assert self.proposer is not None
-        self.proposer.load(Target(target))
+        self.target = Target(target, self.runner, self.context.facts.num_speculative_tokens)
+        self.proposer.load(self.target)
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """Reached only if the runner bypassed `propose_draft_token_ids`."""
@@ -144,6 +146,8 @@ class V1Adapter:
     def warm_up(self) -> None:
         """Caches exist, no request has come."""
         if self.proposer is not None:
+            if self.target is not None and Needs.TARGET_LAYERS in self._needs:
+                self.target.check()
             self.proposer.warm_up()
         if self._is_first_rank:
             tell(

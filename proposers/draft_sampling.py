@@ -1,0 +1,133 @@
+"""One draft token per request from its logits: the most likely, or drawn with its law kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+from vllm_spec_plugins.verifier import sample_weights
+from vllm_spec_plugins.vocabulary_passes import first_argmax, log_normaliser
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """R draft tokens.
+
+    Attributes:
+        columns: `[R]` int64, which column of the logits each token is.
+        confidences: `[R]` float32, its probability under the draft; None unless asked for.
+        probabilities: `[R, M]` the laws they were drawn from; None when all were choices.
+        sampled: `[R]` bool, which were drawn; None with `probabilities` None.
+    """
+
+    columns: Tensor
+    confidences: Tensor | None
+    probabilities: Tensor | None
+    sampled: Tensor | None
+
+
+def draw(
+    logits: Tensor,
+    temperatures: Tensor | None,
+    uniforms: Tensor | None,
+    wants_confidences: bool = False,
+) -> Drawn:
+    """Draw, or choose where the temperature is 0.
+
+    Args:
+        logits: `[R, M]` float32, changed in place. -inf = cannot be drafted.
+        temperatures: `[R]` float32, 0 = the most likely token; None = everywhere.
+        uniforms: `[R]` float64 in (0, 1), one for each token (`Purpose.DRAFT`).
+        wants_confidences: Whether `Drawn.confidences` is read.
+    """
+    if temperatures is None:
+        columns, confidences = first_argmax(logits), None
+        if wants_confidences:
+            best = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
+            confidences = (best - log_normaliser(logits)).exp()
+        return Drawn(columns, confidences, None, None)
+    assert uniforms is not None
+    sampled = temperatures > 0
+    scale = torch.where(sampled, temperatures, torch.ones_like(temperatures))
+    probabilities = torch.softmax(logits.div_(scale.unsqueeze(1)), dim=-1)
+    columns = sample_weights(probabilities, uniforms)
+    if not bool(sampled.all()):
+        chosen = (~sampled).nonzero().squeeze(1)
+        columns[chosen] = first_argmax(logits.index_select(0, chosen))
+    confidences = None
+    if wants_confidences:
+        confidences = probabilities.gather(1, columns.unsqueeze(1)).squeeze(1)
+    return Drawn(columns, confidences, probabilities, sampled)
+
+
+def token_ids_of(columns: Tensor, vocabulary: Tensor | None) -> Tensor:
+    """`[R]` int64 target ids of the columns of a draft vocabulary.
+
+    Args:
+        columns: `[R]` int64.
+        vocabulary: None for the whole vocabulary, `[M]`, or `[R, M]`.
+    """
+    if vocabulary is None:
+        return columns
+    if vocabulary.ndim == 1:
+        return vocabulary[columns]
+    return vocabulary.gather(1, columns.unsqueeze(1)).squeeze(1)
+
+
+def most_likely_probability(logits: Tensor) -> Tensor:
+    """`[R]` float32 probability of each row's most likely token."""
+    return (logits.amax(dim=-1) - torch.logsumexp(logits, dim=-1)).exp()
+
+
+class DraftLaws:
+    """The laws a round of draft tokens were drawn from, in memory that rounds use again."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._values: Tensor | None = None
+        self._shape = (0, 0)
+        self._sampled = torch.empty(0)
+        self._vocabulary: Tensor | None = None
+
+    def begin(self, num_requests: int, width: int) -> None:
+        """A round of up to `width` tokens for each request."""
+        self._values, self._vocabulary = None, None
+        self._shape = (num_requests, width)
+
+    def put(self, rows: Tensor, index: int, drawn: Drawn, vocabulary: Tensor | None) -> None:
+        """Keep the laws of the `index`-th token of some requests, `[n]` int64.
+
+        The vocabulary of a request stays what it was at its first token.
+        """
+        law, sampled = drawn.probabilities, drawn.sampled
+        if law is None or sampled is None:
+            return
+        if self._values is None:
+            self._start(law)
+            self._vocabulary = vocabulary
+            if vocabulary is not None and vocabulary.ndim > 1:
+                table = vocabulary.new_full((self._shape[0], vocabulary.shape[1]), -1)
+                self._vocabulary = table.index_copy(0, rows, vocabulary)
+        assert self._values is not None
+        self._values[rows, index] = law
+        self._sampled[rows, index] = sampled
+
+    def _start(self, like: Tensor) -> None:
+        shape = (*self._shape, like.shape[1])
+        needed = shape[0] * shape[1] * shape[2]
+        if self._memory.numel() < needed or self._memory.device != like.device:
+            self._memory = like.new_empty(needed)
+        self._values = self._memory[:needed].view(shape)
+        self._sampled = torch.zeros(self._shape, dtype=torch.bool, device=like.device)
+
+    def result(self) -> DraftProbabilities | None:
+        """`[R, K, M]`, valid until the next `begin`; None when every token was a choice."""
+        if self._values is None:
+            return None
+        vocabulary = self._vocabulary
+        if vocabulary is not None and vocabulary.ndim > 1:
+            vocabulary = vocabulary.unsqueeze(1).expand(self._values.shape)
+        return DraftProbabilities(self._values, vocabulary, self._sampled)
