@@ -11,14 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from vllm_spec_plugins.proposers.exit_adapter import (
-    AdapterCard,
-    ExitAdapter,
-    Probes,
-    TargetShape,
-    write_adapter,
-)
+from vllm_spec_plugins.proposers.exit_adapter import ExitAdapter
 
+from vllm_spec_plugins.adapter_file import AdapterCard, Probes, TargetShape, write_adapter
 from vllm_spec_plugins.context import ModelFacts
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.target_model import LayerState
