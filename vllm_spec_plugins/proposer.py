@@ -71,6 +71,7 @@ class StepStates:
         layer_states: By number of layers run, `[T, H]` hidden states after that many layers,
             before any norm. `num_layers` itself: what the final norm reads.
         temperatures: `[R]` float32 on the host, 0 = greedy.
+        streams: `[R]` int64 on the host, random stream of each request.
     """
 
     request_ids: Sequence[str]
@@ -83,6 +84,7 @@ class StepStates:
     positions: Tensor
     layer_states: Mapping[int, Tensor]
     temperatures: NDArray[np.float32]
+    streams: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,12 @@ class Proposer(ABC):
         """What this proposer needs with these options; `needs` unless overridden."""
         del options
         return cls.needs
+
+    @classmethod
+    def signals_for(cls, options: ProposerOptions) -> Signals:
+        """What it tells a length controller with these options; `signals` unless overridden."""
+        del options
+        return cls.signals
 
     @classmethod
     def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:

@@ -18,6 +18,7 @@ from vllm.config.utils import config
 
 from vllm_spec_plugins.config import EngineVocabulary, PluginSettings
 from vllm_spec_plugins.context import ModelFacts
+from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.proposer import Needs
 from vllm_spec_plugins.registry import Kind, Registry
 
@@ -31,7 +32,9 @@ def engine_vocabulary() -> EngineVocabulary:
     literal = speculative.SpeculativeMethod
     methods = {str(m) for m in _flatten(get_args(literal))}
     fields = {f.name for f in dataclasses.fields(SpeculativeConfig)}
-    return EngineVocabulary(methods=frozenset(methods), fields=frozenset(fields))
+    with_head = {"draft_model", "eagle", "eagle3", "mtp"} & methods
+    with_head |= {method for method in methods if method.endswith("_mtp")}
+    return EngineVocabulary(frozenset(methods), frozenset(fields), frozenset(with_head))
 
 
 def _flatten(args: tuple[Any, ...]) -> list[Any]:
@@ -59,6 +62,18 @@ def model_facts(
     )
 
 
+def proposer_needs(settings: PluginSettings) -> Needs:
+    """What the proposer needs, its length controller included; nothing when vLLM's own drafts."""
+    if settings.proposer is None:
+        return Needs.HISTORY
+    proposer, options = settings.proposer.build(Kind.PROPOSER, registry())
+    needs: Needs = proposer.needs_for(options)
+    control = registry().load(Kind.LENGTH_CONTROLLER, settings.length_control.name)
+    if Signals.EXITS in control.needs:
+        needs |= Needs.LAYER_STATES
+    return needs
+
+
 @config
 class PluginSpeculativeConfig(SpeculativeConfig):
     """vLLM's speculative config with ours inside."""
@@ -73,11 +88,7 @@ class PluginSpeculativeConfig(SpeculativeConfig):
     @property
     def needs(self) -> Needs:
         """What the proposer needs; nothing when vLLM's own drafts."""
-        choice = self.settings.proposer
-        if choice is None:
-            return Needs.HISTORY
-        proposer, options = choice.build(Kind.PROPOSER, registry())
-        return proposer.needs_for(options)
+        return proposer_needs(self.settings)
 
     def compute_hash(self) -> str:
         """Hidden states and layers a plugin asks for change the compiled graph."""

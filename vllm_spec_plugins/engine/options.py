@@ -11,8 +11,16 @@ from vllm_spec_plugins.errors import ConfigError, UnsupportedEngineError
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.registry import Kind
 
-from .carrier import PluginSpeculativeConfig, engine_vocabulary, model_facts, registry
+from .carrier import (
+    PluginSpeculativeConfig,
+    engine_vocabulary,
+    model_facts,
+    proposer_needs,
+    registry,
+)
+from .draft_head_support import refuse_unranked, wants_draft_head
 from .seams import require_supported
+from .target_support import refuse_unrunnable_layers
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -67,19 +75,26 @@ def build(
         return model_facts(target_model_config, target_parallel_config, num_speculative_tokens)
 
     native, settings = split(raw, engine_vocabulary(), facts, registry())
-    if settings.proposer is not None:
+    if settings.proposer is not None and native["method"] == settings.proposer.name:
         native = {**native, "method": "custom_class", "model": PLACEHOLDER}
+    if settings.proposer is not None:
+        refuse_unrunnable_layers(
+            settings.proposer.name, proposer_needs(settings), engine_args, target_model_config
+        )
     _announce(settings, native)
     # The verification of drafts must be finished before the next step is planned: per-request
     # choices decide then how many tokens each request drafts.
     if engine_args.async_scheduling is None:
         engine_args.async_scheduling = False
-    return PluginSpeculativeConfig(
+    ours = PluginSpeculativeConfig(
         **native,
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
         spec_plugins=settings.model_dump(mode="json"),
     )
+    if wants_draft_head(settings):
+        refuse_unranked(ours)
+    return ours
 
 
 def _refuse_unserved(args: EngineArgs, model: ModelConfig, parallel: ParallelConfig) -> None:

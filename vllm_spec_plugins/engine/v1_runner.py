@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from vllm.model_executor.models.interfaces import supports_eagle3
 
 from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-from vllm_spec_plugins.errors import PluginError
+from vllm_spec_plugins.errors import PluginError, UnsupportedEngineError
 from vllm_spec_plugins.hookspecs import StepRecord, logger, plugin_manager, tell
 from vllm_spec_plugins.length_control import Fixed, LengthController, RequestKeys
 from vllm_spec_plugins.metrics import Metrics
-from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer
+from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, StepStates
 from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.verifier import Verification, Verifier
 
 from .carrier import PluginSpeculativeConfig, model_facts, registry
+from .ranked_drafter import RankedDrafter
 from .requests import RequestBatch, RequestStates
 from .target import Target
 
@@ -99,6 +101,8 @@ class V1Adapter:
         self.proposer: Proposer | None = None
         self.target: Target | None = None
         self._needs = Needs.HISTORY
+        #: Numbers of layers after which hidden states are collected.
+        self._layers: tuple[int, ...] = ()
         self._failures = 0
         self._draft: Draft | None = None
         self._row_in_draft: dict[str, int] = {}
@@ -112,11 +116,16 @@ class V1Adapter:
         runner.propose_draft_token_ids = self.propose_draft_token_ids
         runner.sample_tokens = self.sample_tokens
         runner._update_states = self.update_states
-        if settings.proposer is not None:
+        self._ranked = RankedDrafter.of(runner, settings, self.context, self.requests)
+        if settings.proposer is not None and spec.method == "custom_class":
             cls, options = settings.proposer.build(Kind.PROPOSER, plugins)
             self.proposer = cls(options, self.context)
-            self._needs = cls.needs_for(options)
+            self._needs = spec.needs
             runner.drafter = self
+            if Needs.LAYER_STATES in self._needs:
+                self._layers = tuple(sorted(set(cls.layers(options, self.context.facts))))
+                runner.use_aux_hidden_state_outputs = True
+                runner._get_eagle3_aux_layers_from_config = lambda: self._layers
             # vLLM would draft zeros for the whole batch once one request comes near the model
             # length; we leave room per request instead.
             runner.effective_drafter_max_model_len = (
@@ -135,6 +144,12 @@ class V1Adapter:
         """The target's weights are there."""
         del args, kwargs
         assert self.proposer is not None
+        if self._layers and not bool(supports_eagle3(target)):
+            raise UnsupportedEngineError(
+                f"{type(target).__name__} does not hand out hidden states between its layers in "
+                f'this vLLM, and "{self.proposer_name}" needs them with these options. Choose a '
+                'fixed exit_layer and another length_control than "del", without an adapter.'
+            )
         self.target = Target(target, self.runner, self.context.facts.num_speculative_tokens)
         self.proposer.load(self.target)
 
@@ -185,6 +200,8 @@ class V1Adapter:
     def _forget(self, request_ids: Sequence[str]) -> None:
         if self.proposer is not None:
             self.proposer.finish(request_ids)
+        if self._ranked is not None:
+            self._ranked.finish(request_ids)
         self.length_control.finish(request_ids)
         for verifier in self.verifiers.values():
             verifier.finish(request_ids)
@@ -228,6 +245,8 @@ class V1Adapter:
             device: Where the target runs.
         """
         if self.proposer is None:
+            if self._ranked is not None:
+                return self._ranked.law(by_vllm, num_draft, request_ids)
             return None if by_vllm is None else DraftProbabilities(by_vllm)
         kept = self._draft.probabilities if self._draft else None
         if kept is None:
@@ -291,6 +310,8 @@ class V1Adapter:
     ) -> Any:
         """Wraps `GPUModelRunner.propose_draft_token_ids`; returns lists, empty = no draft."""
         if self.proposer is None:
+            if self._ranked is not None:
+                self._ranked.begin(sampled_token_ids)
             drafts = self._propose_by_vllm(
                 scheduler_output,
                 sampled_token_ids,
@@ -306,6 +327,8 @@ class V1Adapter:
         num_draft = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else []
         # Before the next draft replaces the one that was verified.
         self._record(sampled_token_ids, num_draft)
+        if aux_hidden_states and self._layers:
+            self._follow(scheduler_output, sampled_token_ids, num_draft, aux_hidden_states)
         limit = scheduler_output.num_spec_tokens_to_schedule
         return self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
 
@@ -395,6 +418,47 @@ class V1Adapter:
             length_control=self.length_control,
         )
 
+    def _follow(
+        self,
+        scheduler_output: Any,
+        emitted: list[list[int]],
+        num_draft: Sequence[int],
+        layer_states: Sequence[Tensor],
+    ) -> None:
+        """Show our proposer what the step computed."""
+        assert self.proposer is not None
+        if self._failures >= MAX_FAILURES:
+            return
+        runner = self.runner
+        requests = self.requests.batch(runner.input_batch.req_ids)
+        scheduled = np.array(
+            [scheduler_output.num_scheduled_tokens[name] for name in requests.request_ids],
+            dtype=np.int64,
+        )
+        drafted = np.array(num_draft or [0] * len(scheduled), dtype=np.int64)
+        accepted = np.array([max(len(tokens) - 1, 0) for tokens in emitted], dtype=np.int64)
+        count = int(scheduled.sum())
+        states = StepStates(
+            request_ids=requests.request_ids,
+            rows=np.arange(len(scheduled)),
+            num_scheduled=scheduled,
+            num_verified=scheduled - drafted + accepted,
+            num_draft=drafted,
+            emitted=emitted,
+            token_ids=runner.input_ids.gpu[:count].long(),
+            positions=runner._get_positions(count).long(),
+            layer_states={
+                layer: state[:count]
+                for layer, state in zip(self._layers, layer_states, strict=True)
+            },
+            temperatures=requests.temperatures,
+            streams=requests.streams,
+        )
+        try:
+            self.proposer.follow(states)
+        except Exception:  # noqa: BLE001 - third-party code may raise anything
+            self._failed()
+
     def _ask_proposer(self, batch: DraftInput) -> Draft | None:
         """A failing proposer costs speed, never a request."""
         assert self.proposer is not None
@@ -404,17 +468,21 @@ class V1Adapter:
             draft = self.proposer.propose(batch)
             self._check_draft(draft, batch)
         except Exception:  # noqa: BLE001 - third-party code may raise anything
-            self._failures += 1
-            logger.exception(
-                'The proposer "%s" failed (%d of %d in a row before it is switched off); '
-                "this step goes on without drafts.",
-                self.proposer_name,
-                self._failures,
-                MAX_FAILURES,
-            )
+            self._failed()
             return None
         self._failures = 0
         return draft
+
+    def _failed(self) -> None:
+        """Count and tell a failure of our proposer; inside an except clause."""
+        self._failures += 1
+        logger.exception(
+            'The proposer "%s" failed (%d of %d in a row before it is switched off); '
+            "this step goes on without drafts.",
+            self.proposer_name,
+            self._failures,
+            MAX_FAILURES,
+        )
 
     def _check_draft(self, draft: Draft, batch: DraftInput) -> None:
         """What a third party may get wrong, cheap enough for every step."""
