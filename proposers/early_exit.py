@@ -11,38 +11,52 @@ accepted as often as min(p, q) allows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from vllm_spec_plugins import draft_vocabulary
+from vllm_spec_plugins.draft_head import DraftHead
+from vllm_spec_plugins.draft_vocabulary import DraftVocabularyOptions
 from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.exit_selection import ExitController, ExitCosts, ExitSelection
 from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 
 from .draft_sampling import DraftLaws, draw, token_ids_of
-from .exit_passes import DeepeningExits, DraftStep, ExitPass, SingleExit
+from .exit_adapter import ExitAdapter
+from .exit_passes import AdaptedExit, DeepeningExits, DraftStep, ExitPass, SingleExit
+from .exit_timing import measure_costs
+from .shadow_tokens import shadow_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
-    from vllm_spec_plugins.target_model import TargetModel
+    from vllm_spec_plugins.proposer import StepStates
+    from vllm_spec_plugins.target_model import LayerStack, TargetModel
 
 
 class EarlyExitOptions(ProposerOptions):
-    exit_layer: int | float | None = Field(
-        None,
+    exit_layer: int | float | Literal["auto"] = Field(
+        "auto",
         description="Draft with so many of the target's first layers; a number between 0 and 1 "
-        "is a share of them.",
+        'is a share of them. "auto" measures on the text being served which exit pays most.',
+    )
+    exit_candidates: tuple[int, ...] | None = Field(
+        None,
+        description="What auto chooses from, numbers of layers; default: up to 8, evenly spaced.",
     )
     exit_layers: tuple[int, ...] | None = Field(
         None,
-        description="Several exits instead of one, from shallow to deep: a token leaves at the "
-        "first that is sure enough of it.",
+        description="Several exits instead of one, from shallow to deep: each token leaves at "
+        "the first that is sure enough of it.",
     )
     exit_confidence: float = Field(
         0.6,
@@ -51,10 +65,20 @@ class EarlyExitOptions(ProposerOptions):
         description="With exit_layers: probability of the most likely token from which an exit "
         "is sure enough.",
     )
+    adapter: str | None = Field(
+        None,
+        description="Trained block between exit and head, written by `vllm-spec calibrate "
+        "adapter`. It says after which layer it belongs.",
+    )
     draft_sample_method: Literal["probabilistic", "greedy"] = Field(
         "probabilistic",
         description="For requests with a temperature: draw draft tokens and keep their law, or "
         "take the most likely ones.",
+    )
+    draft_vocabulary: DraftVocabularyOptions | None = Field(
+        None,
+        description="Draft only tokens of a ranked list: a file written by `vllm-spec calibrate "
+        'vocab`, or {"file": ..., "size": ..., "dynamic_tokens": ...}.',
     )
     skip_layers: tuple[int, ...] = Field(
         (), description="Layers, counted from 0, that a draft pass leaves out."
@@ -73,63 +97,185 @@ class EarlyExit(Proposer):
     Options = EarlyExitOptions
     options: EarlyExitOptions
     needs = Needs.TARGET_LAYERS
-    signals = Signals.CONFIDENCES
+    signals = Signals.CONFIDENCES | Signals.EXITS
+
+    #: With auto and a length controller that does not choose exits itself, the exits are
+    #: compared in one of so many steps.
+    COMPARE_EVERY = 8
 
     def __init__(self, options: EarlyExitOptions, context: EngineContext) -> None:
         super().__init__(options, context)
+        self._exits = plan(options, context.facts.num_layers)
         self._draws = options.draft_sample_method == "probabilistic"
         self._laws = DraftLaws()
+        self._steps = 0
+        #: One for each exit that can be chosen; tokens choose among `exit_layers` themselves.
+        self._passes: dict[int, ExitPass] = {}
+        self._adapter: ExitAdapter | None = None
+        self._draft_head: DraftHead | None = None
+        self._selection: ExitSelection | None = None
+        self._controller: ExitController | None = None
 
     @classmethod
     def check(cls, options: ProposerOptions, facts: ModelFacts) -> None:
         assert isinstance(options, EarlyExitOptions)
-        exits = exits_of(options, facts.num_layers)
+        exits = plan(options, facts.num_layers)
         for key in ("skip_layers", "skip_attention", "skip_ffn"):
             for layer in getattr(options, key):
-                if not 0 <= layer < exits[-1]:
+                if not 0 <= layer < exits.layers[-1]:
                     raise ConfigError(
                         f"early_exit: {key} names layer {layer}, but a draft runs the layers 0 to "
-                        f"{exits[-1] - 1}."
+                        f"{exits.layers[-1] - 1}."
                     )
-        if len(set(options.skip_layers)) == exits[-1]:
+        if set(range(exits.layers[0])) <= set(options.skip_layers):
             raise ConfigError("early_exit: skip_layers leaves no layer to draft with.")
+        if options.adapter is not None:
+            from .exit_adapter import AdapterCard
+
+            AdapterCard.read(options.adapter).check(facts, exits.layers[0])
+        if options.draft_vocabulary is not None:
+            draft_vocabulary.check(options.draft_vocabulary, facts)
+
+    @classmethod
+    def needs_for(cls, options: ProposerOptions) -> Needs:
+        assert isinstance(options, EarlyExitOptions)
+        follows = options.adapter is not None or chooses(options)
+        return cls.needs | Needs.LAYER_STATES if follows else cls.needs
+
+    @classmethod
+    def signals_for(cls, options: ProposerOptions) -> Signals:
+        assert isinstance(options, EarlyExitOptions)
+        if options.adapter is not None or options.exit_layers is not None:
+            return Signals.CONFIDENCES
+        return cls.signals
+
+    @classmethod
+    def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
+        assert isinstance(options, EarlyExitOptions)
+        return (*plan(options, facts.num_layers).layers, facts.num_layers)
 
     def load(self, target: TargetModel) -> None:
         self._target = target
-        skips = {
-            "skip_layers": self.options.skip_layers,
-            "skip_attention": self.options.skip_attention,
-            "skip_ffn": self.options.skip_ffn,
-        }
-        exits = exits_of(self.options, target.num_layers)
-        bounds = zip((0, *exits[:-1]), exits, strict=True)
-        stacks = [target.layers(start, stop, **skips) for start, stop in bounds]
-        if len(exits) == 1:
-            self._pass: ExitPass = SingleExit(target, stacks[0], self._read)
+        options, exits = self.options, self._exits
+        if options.draft_vocabulary is not None:
+            self._draft_head = DraftHead(
+                target.head,
+                options.draft_vocabulary,
+                self.context.device,
+                self.context.max_num_requests,
+            )
+        if exits.per_token:
+            bounds = zip((0, *exits.layers[:-1]), exits.layers, strict=True)
+            stacks = [self._stack(start, stop) for start, stop in bounds]
+            sure = [options.exit_confidence] * (len(stacks) - 1)
+            self._passes = {exits.layers[0]: DeepeningExits(target, stacks, sure, self._read)}
+        elif options.adapter is not None:
+            self._adapter = ExitAdapter(options.adapter, target)
+            stack = self._stack(0, exits.layers[0])
+            self._passes = {exits.layers[0]: AdaptedExit(target, stack, self._adapter, self._read)}
         else:
-            sure = [self.options.exit_confidence] * (len(exits) - 1)
-            self._pass = DeepeningExits(target, stacks, sure, self._read)
+            self._passes = {
+                layer: SingleExit(target, self._stack(0, layer), self._read)
+                for layer in exits.layers
+            }
+
+    def _stack(self, start: int, stop: int) -> LayerStack:
+        options = self.options
+        return self._target.layers(
+            start,
+            stop,
+            skip_layers=options.skip_layers,
+            skip_attention=options.skip_attention,
+            skip_ffn=options.skip_ffn,
+        )
 
     def _read(self, hidden: Tensor, requests: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
-        """The head, whole."""
-        del requests
-        return self._target.head.logits(hidden), None
+        """The head: whole, or the rows of the draft vocabulary."""
+        if self._draft_head is None:
+            return self._target.head.logits(hidden), None
+        return self._draft_head.logits(hidden, requests)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run every batch size's draft step once: kernels compile by shape."""
-        sizes = {1 << i for i in range(self.context.max_num_requests.bit_length())}
-        for size in sorted({*sizes, self.context.max_num_requests}):
-            if size > self.context.max_num_requests:
-                continue
-            sequences = self._target.warm_up_sequences(size)
-            token_ids = torch.zeros(size, dtype=torch.int64, device=self.context.device)
-            with torch.inference_mode():
-                self._pass.begin(size)
-                step = DraftStep(token_ids, token_ids, sequences, np.arange(size))
-                logits, vocabulary = self._pass(step)
-                temperatures = torch.ones(size, device=self.context.device)
+        """Run a draft step of every batch size once (kernels compile by shape), time the exits."""
+        facts, device = self.context.facts, self.context.device
+        most = self.context.max_num_requests
+        powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+        for size in sorted({*powers, most}):
+            self._begin_warm_up(size)
+            token_ids = torch.zeros(size, dtype=torch.int64, device=device)
+            step = DraftStep(
+                token_ids, token_ids, self._target.warm_up_sequences(size), np.arange(size)
+            )
+            temperatures = torch.ones(size, device=device)
+            for run in self._passes.values():
+                run.begin(size)
+                logits, vocabulary = run(step)
                 drawn = draw(logits, temperatures, temperatures.double() / 2, True)
                 token_ids_of(drawn.columns, vocabulary)
+        if Signals.EXITS in self.signals_for(self.options):
+            layers, passes = list(self._passes), list(self._passes.values())
+            most_draft = facts.num_speculative_tokens
+            if facts.tensor_parallel_size > 1:  # ranks must agree
+                costs = ExitCosts.from_layers(
+                    layers, facts.num_layers, self._target.head_in_layers, most_draft
+                )
+            else:
+                self._begin_warm_up(most)
+                costs = measure_costs(self._target, passes, most_draft, most, device)
+            self._selection = ExitSelection(layers, costs, most_draft, most)
+
+    def _begin_warm_up(self, size: int) -> None:
+        """A round of requests that nobody sent."""
+        if self._draft_head is not None:
+            names = [f"warm-up {i}" for i in range(size)]
+            history, one = np.zeros((1, 1), dtype=np.int32), np.ones(size, dtype=np.int64)
+            self._draft_head.begin(names, history, one - 1, one, one)
+            self._draft_head.finish(names)
+
+    @torch.inference_mode()
+    def follow(self, states: StepStates) -> None:
+        if self._adapter is not None:
+            hidden = states.layer_states[self._exits.layers[0]]
+            sequences = self._target.sequences(states.rows)
+            with sequences.step(states.positions, states.num_scheduled.tolist()):
+                self._adapter.write(hidden, states.positions)
+        elif self._selection is not None:
+            self._compare_exits(states)
+
+    def _compare_exits(self, states: StepStates) -> None:
+        """Learn how each exit would have done, in one of some steps."""
+        every = self.COMPARE_EVERY
+        if self._controller is not None:
+            every = self._controller.sample_every
+        self._steps += 1
+        if self._steps % every:
+            return
+        assert self._selection is not None
+        seen = shadow_tokens(self._target, states, list(self._passes), self._draws)
+        if seen is not None:
+            self._selection.observe(
+                states.request_ids, seen.of_request, seen.agreement, seen.confidences
+            )
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        if self._draft_head is not None:
+            self._draft_head.finish(request_ids)
+        if self._selection is not None:
+            self._selection.finish(request_ids)
+
+    def _choose_pass(self, batch: DraftInput) -> ExitPass:
+        """The way all requests of this round are drafted."""
+        control = batch.length_control
+        if isinstance(control, ExitController):
+            if self._controller is None:
+                assert self._selection is not None
+                self._controller = control
+                control.set_exits(self._selection)
+            return self._passes[control.layer]
+        if self._selection is None or len(self._passes) == 1:
+            return next(iter(self._passes.values()))
+        return self._passes[self._selection.choose(batch.request_ids).layer]
 
     @torch.inference_mode()
     def propose(self, batch: DraftInput) -> Draft:
@@ -150,10 +296,19 @@ class EarlyExit(Proposer):
         drafting = np.arange(len(requests))
         rows = torch.from_numpy(requests).to(device)
 
-        self._pass.begin(len(requests))
+        run = self._choose_pass(batch)
+        run.begin(len(requests))
+        if self._draft_head is not None:
+            self._draft_head.begin(
+                keys.request_ids,
+                batch.token_history,
+                batch.rows[requests],
+                batch.num_tokens[requests],
+                batch.num_prompt_tokens[requests],
+            )
         for index in range(width):
             step = DraftStep(token_ids, positions, sequences, drafting)
-            logits, vocabulary = self._pass(step)
+            logits, vocabulary = run(step)
             uniform = None if random is None else random[:, index]
             drawn = draw(logits, temperatures, uniform, asks)
             token_ids = token_ids_of(drawn.columns, vocabulary)
@@ -191,37 +346,73 @@ class EarlyExit(Proposer):
         return torch.from_numpy(temperatures).to(device), drawn.to(device)
 
 
-def exits_of(options: EarlyExitOptions, num_layers: int) -> tuple[int, ...]:
-    """The numbers of layers after which a draft may leave, from shallow to deep.
+@dataclass(frozen=True, slots=True)
+class Exits:
+    """Where a draft may leave the target.
+
+    Attributes:
+        layers: Numbers of layers run, rising.
+        per_token: Whether each token chooses among them, or each round.
+    """
+
+    layers: tuple[int, ...]
+    per_token: bool
+
+
+def chooses(options: EarlyExitOptions) -> bool:
+    """Whether the exit is chosen while serving."""
+    return options.exit_layer == "auto" and options.exit_layers is None and options.adapter is None
+
+
+def plan(options: EarlyExitOptions, num_layers: int) -> Exits:
+    """The exits that some options mean in a model of `num_layers`.
 
     Raises:
-        ConfigError: There is no such exit in a model of `num_layers`.
+        ConfigError: There is no such exit, or the options contradict each other.
     """
+    named = [key for key in ("exit_layers", "exit_candidates") if getattr(options, key) is not None]
+    if named and (options.exit_layer != "auto" or options.adapter is not None or len(named) > 1):
+        others = [*named[1:], *(["adapter"] if options.adapter is not None else [])]
+        if options.exit_layer != "auto":
+            others.append("exit_layer")
+        raise ConfigError(
+            f"early_exit: {named[0]} and {others[0]} exclude each other: one exit, several that "
+            "auto chooses from (exit_candidates), or several that each token chooses from "
+            "(exit_layers)."
+        )
     if options.exit_layers is not None:
-        exits = options.exit_layers
-        if options.exit_layer is not None:
-            raise ConfigError("early_exit: give exit_layer or exit_layers, not both.")
-        if len(exits) < 2 or list(exits) != sorted(set(exits)):
-            raise ConfigError(
-                f"early_exit: exit_layers must be two or more, rising; got {list(exits)}."
-            )
+        layers, per_token = options.exit_layers, True
+        if len(layers) < 2:
+            raise ConfigError("early_exit: exit_layers must be two or more; else use exit_layer.")
+    elif options.adapter is not None and options.exit_layer == "auto":
+        from .exit_adapter import AdapterCard
+
+        layers, per_token = (AdapterCard.read(options.adapter).exit_layer,), False
+    elif options.exit_layer == "auto":
+        layers, per_token = options.exit_candidates or spread(num_layers), False
     else:
-        exits = (_exit_of(options.exit_layer, num_layers),)
-    if not 1 <= exits[0] <= exits[-1] <= num_layers:
+        layers, per_token = (_exit_of(options.exit_layer, num_layers),), False
+    if list(layers) != sorted(set(layers)) or not layers:
+        raise ConfigError(f"early_exit: exits must be rising; got {list(layers)}.")
+    if not 1 <= layers[0] <= layers[-1] <= num_layers:
         raise ConfigError(
             f"early_exit: an exit must lie between 1 and {num_layers}, the target's layers; "
-            f"got {', '.join(map(str, exits))}."
+            f"got {', '.join(map(str, layers))}."
         )
-    return exits
+    return Exits(layers, per_token)
 
 
-def _exit_of(exit_layer: float | None, num_layers: int) -> int:
-    if exit_layer is None:
-        raise ConfigError("early_exit: exit_layer is missing.")
-    if isinstance(exit_layer, float):
-        if not 0 < exit_layer <= 1:
-            raise ConfigError(
-                f"early_exit: a share of layers lies between 0 and 1, got {exit_layer}."
-            )
-        return max(1, round(exit_layer * num_layers))
-    return exit_layer
+def spread(num_layers: int, most: int = 8) -> tuple[int, ...]:
+    """Up to `most` exits between the first layer and the last, evenly spaced."""
+    count = min(most, max(num_layers - 1, 1))
+    return tuple(sorted({max(1, round(num_layers * i / (count + 1))) for i in range(1, count + 1)}))
+
+
+def _exit_of(exit_layer: float, num_layers: int) -> int:
+    if isinstance(exit_layer, int):
+        return exit_layer
+    if not 0 < exit_layer <= 1:
+        raise ConfigError(
+            f"early_exit: a share of the layers lies between 0 and 1, got {exit_layer}."
+        )
+    return max(1, round(exit_layer * num_layers))

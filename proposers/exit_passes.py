@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from vllm_spec_plugins.target_model import LayerStack, PagedSequences, TargetModel
 
+    from .exit_adapter import ExitAdapter
+
 #: Normed hidden states `[T, H]` and the request of each row to logits `[T, M]` and their
 #: vocabulary (None = whole).
 ReadLogits = Callable[["Tensor", "NDArray[np.int64]"], "tuple[Tensor, Tensor | None]"]
@@ -76,6 +78,31 @@ class SingleExit:
         with step.sequences.step(step.positions):
             state = self._stack(self._target.embed(step.token_ids), step.positions)
         return self._read(self._target.final_norm(state), step.requests)
+
+
+class AdaptedExit:
+    """The same layers, then a trained block with pages of its own (Kangaroo, 2404.18911).
+
+    Args:
+        target: The target.
+        stack: The layers.
+        adapter: The block; its last norm takes the place of the target's.
+        read: The head.
+    """
+
+    def __init__(
+        self, target: TargetModel, stack: LayerStack, adapter: ExitAdapter, read: ReadLogits
+    ) -> None:
+        self._target, self._stack, self._adapter, self._read = target, stack, adapter, read
+
+    def begin(self, num_requests: int) -> None:
+        del num_requests
+
+    def __call__(self, step: DraftStep) -> tuple[Tensor, Tensor | None]:
+        with step.sequences.step(step.positions):
+            state = self._stack(self._target.embed(step.token_ids), step.positions)
+            normed = self._adapter.forward(state.merged, step.positions)
+        return self._read(normed, step.requests)
 
 
 class DeepeningExits:

@@ -147,6 +147,11 @@ class TargetModel(Protocol):
     def head(self) -> LanguageModelHead: ...
 
     @property
+    def head_in_layers(self) -> float:
+        """Weights of the head, in weights of a layer: what it costs beside them."""
+        ...
+
+    @property
     def tensor_parallel_rank(self) -> int: ...
 
     def all_reduce(self, partial: Tensor) -> Tensor:

@@ -76,6 +76,12 @@ class Target:
         return self._head
 
     @property
+    def head_in_layers(self) -> float:
+        layer = sum(weights.numel() for weights in self._parts.layers[0].parameters())
+        ranks = self._runner.parallel_config.tensor_parallel_size
+        return self.head.vocab_size * self.head.hidden_size / (layer * ranks)
+
+    @property
     def tensor_parallel_rank(self) -> int:
         return get_tensor_model_parallel_rank()
 

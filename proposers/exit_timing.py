@@ -1,0 +1,92 @@
+"""What drafting and verifying cost here, timed on the engine's own pages before it serves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_spec_plugins.exit_selection import ExitCosts
+
+from .exit_passes import DraftStep, ExitPass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_spec_plugins.target_model import LayerStack, PagedSequences, TargetModel
+
+#: Each pass is timed so often; the fastest counts, as nothing makes a pass too fast.
+_REPEATS = 3
+#: Batch sizes above this are taken to cost like it.
+_LARGEST_BATCH = 16
+
+
+def measure_costs(
+    target: TargetModel,
+    passes: Sequence[ExitPass],
+    most: int,
+    max_num_requests: int,
+    device: torch.device,
+) -> ExitCosts:
+    """Time one draft step after each exit, and verifications of 0 and of `most` draft tokens.
+
+    Args:
+        target: The target, its pages not yet in use.
+        passes: `[E]` one for each exit.
+        most: K.
+        max_num_requests: Batch sizes 1, 4 and 16 are timed, as far as they occur.
+        device: Where the target runs.
+    """
+    sizes = [size for size in (1, 4, _LARGEST_BATCH) if size <= max_num_requests]
+    draft = np.empty((len(sizes), len(passes)))
+    verify = np.empty((len(sizes), most + 1))
+    layers = target.layers(0, target.num_layers)
+    for row, size in enumerate(sizes):
+        sequences = target.warm_up_sequences(size)
+        plain = _seconds(partial(_verify, target, layers, sequences, size, 0, device))
+        longest = _seconds(partial(_verify, target, layers, sequences, size, most, device))
+        # In between, costs grow with the number of tokens.
+        slope = max(longest / plain - 1, 0.0) / most
+        verify[row] = 1 + slope * np.arange(most + 1)
+        token_ids = torch.zeros(size, dtype=torch.int64, device=device)
+        step = DraftStep(token_ids, token_ids, sequences, np.arange(size))
+        for column, run in enumerate(passes):
+            run.begin(size)
+            draft[row, column] = _seconds(partial(run, step)) / plain
+    return ExitCosts(np.array(sizes, dtype=np.int64), draft, verify)
+
+
+def _verify(
+    target: TargetModel,
+    layers: LayerStack,
+    sequences: PagedSequences,
+    num_requests: int,
+    num_draft: int,
+    device: torch.device,
+) -> Tensor:
+    """All layers and the head on one token and its drafts, of every request."""
+    positions = torch.arange(1 + num_draft, device=device).repeat(num_requests)
+    with sequences.step(positions, [1 + num_draft] * num_requests):
+        state = layers(target.embed(torch.zeros_like(positions)), positions)
+    return target.head.logits(target.final_norm(state))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Fastest of a few runs, after one that does not count."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        _wait_for_device()
+        started = time.perf_counter()
+        run()
+        _wait_for_device()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

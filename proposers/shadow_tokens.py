@@ -1,0 +1,102 @@
+"""How each exit would have drafted at the positions just verified (DEL, 2504.05598, section 3).
+
+The layers of a verified position give, through norm and head, the law each exit would have
+drafted from there, and the target's own. One pass of the head over all of them tells how often
+each exit would have been accepted, whichever of them drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_spec_plugins.random_numbers import Purpose, uniforms
+from vllm_spec_plugins.target_model import LayerState
+
+from .draft_sampling import draw
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from vllm_spec_plugins.proposer import StepStates
+    from vllm_spec_plugins.target_model import TargetModel
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowTokens:
+    """N verified positions seen from E exits.
+
+    Attributes:
+        of_request: `[N]` int64, index into the step's requests.
+        agreement: `[N, E]` float32, chance that the exit's draft is accepted there.
+        confidences: `[N, E]` float32, probability of that draft under the exit.
+    """
+
+    of_request: NDArray[np.int64]
+    agreement: NDArray[np.float32]
+    confidences: NDArray[np.float32]
+
+
+def shadow_tokens(
+    target: TargetModel, states: StepStates, exits: Sequence[int], draws: bool
+) -> ShadowTokens | None:
+    """Draft at every verified position of a step after each exit, and judge it by the target.
+
+    Temperature is the only sampling option looked at; top-k, top-p and the like shift the
+    rates, which are estimates, a little.
+
+    Args:
+        target: The target.
+        states: With `layer_states` after each exit and after all layers.
+        exits: `[E]` numbers of layers.
+        draws: Whether requests with a temperature draw their drafts or take the most likely.
+
+    Returns:
+        None when no request emitted a token.
+    """
+    emitted = np.array([len(tokens) for tokens in states.emitted], dtype=np.int64)
+    if not emitted.any():
+        return None
+    of_request = np.repeat(np.arange(len(emitted)), emitted)
+    starts = states.num_scheduled.cumsum() - states.num_scheduled
+    first = starts + states.num_verified - emitted
+    offset = np.arange(len(of_request)) - np.repeat(emitted.cumsum() - emitted, emitted)
+    device = states.positions.device
+    rows = torch.from_numpy(first[of_request] + offset).to(device)
+
+    layers = (*exits, target.num_layers)
+    hidden = torch.cat([states.layer_states[layer][rows] for layer in layers])
+    logits = target.head.logits(target.final_norm(LayerState(hidden)))
+    count = len(rows)
+    own = logits[-count:]
+    temperatures = torch.from_numpy(states.temperatures[of_request]).to(device)
+    sampled = temperatures > 0
+    scale = torch.where(sampled, temperatures, torch.ones_like(temperatures)).unsqueeze(1)
+    p = torch.softmax(own / scale, dim=-1)
+    best = own.argmax(dim=-1)
+    random = None
+    if draws:
+        streams = torch.from_numpy(states.streams[of_request]).to(device)
+        random = uniforms(streams, states.positions[rows] + 1, 0, Purpose.LENGTH)
+
+    agreement, confidences = [], []
+    for index in range(len(exits)):
+        part = logits[index * count : (index + 1) * count]
+        drawn = draw(part, temperatures if draws else None, random, wants_confidences=True)
+        assert drawn.confidences is not None
+        x, q = drawn.columns, drawn.confidences
+        at_target = p.gather(1, x.unsqueeze(1)).squeeze(1)
+        # A draw is accepted with min(1, p/q); a choice with p.
+        accepted = (at_target / q).clamp(max=1) if draws else at_target
+        agreement.append(torch.where(sampled, accepted, (x == best).float()))
+        confidences.append(q)
+    return ShadowTokens(of_request, _on_host(agreement), _on_host(confidences))
+
+
+def _on_host(columns: list[Tensor]) -> NDArray[np.float32]:
+    return torch.stack(columns, dim=1).cpu().numpy()
