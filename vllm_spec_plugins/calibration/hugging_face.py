@@ -125,6 +125,11 @@ class LocalModel:
         return self._head.weight.dtype
 
     @property
+    def layer_parameters(self) -> int:
+        """Weights of the first layer."""
+        return sum(weight.numel() for weight in self._decoder.layers[0].parameters())
+
+    @property
     def norm_epsilon(self) -> float:
         """Added to the mean square by the model's norms; 1e-6 where it does not say."""
         return getattr(self.config, "rms_norm_eps", 1e-6)

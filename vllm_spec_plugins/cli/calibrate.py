@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,3 +53,134 @@ def errors_in_words() -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from here")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def adapter(
+    model: Model,
+    exit_layer: Annotated[
+        int, typer.Option(min=1, help="Layers of the target that run before the adapter.")
+    ],
+    texts: Texts,
+    output: Annotated[
+        Path, typer.Option(help="Adapter file; report and loss curve are written beside it.")
+    ] = Path("adapter.safetensors"),
+    generations: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learn from so many texts that the target continues itself, at temperature 1; "
+            "0: from the texts as they are.",
+        ),
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 8,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, help="Peak, of Muon, for the matrices.")
+    ] = 0.01,
+    ffn_size: Annotated[
+        int, typer.Option(min=0, help="Width of a feed-forward part; 0: none, as in the paper.")
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the target: auto (as saved), float32 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's own choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and order of text.")] = 0,
+) -> None:
+    """Train an adapter for early_exit: one attention block after an early layer (Kangaroo)."""
+    from vllm_spec_plugins.calibration.adapter import AdapterRecipe
+
+    from . import calibrate_adapter
+
+    recipe = AdapterRecipe(
+        exit_layer=exit_layer,
+        steps=steps,
+        batch_size=batch_size,
+        window=window,
+        matrix_lr=learning_rate,
+        ffn_size=ffn_size,
+        seed=seed,
+    )
+    with errors_in_words():
+        calibrate_adapter.run(
+            model,
+            texts,
+            output,
+            recipe,
+            generations=generations,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+        )
+
+
+@app.command()
+def vocab(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(help="File to write; table (.json), plot (.png) and unfinished work beside."),
+    ] = Path("vocab.safetensors"),
+    texts: Texts = [],  # noqa: B006  # typer copies it
+    lists: Annotated[
+        list[str],
+        typer.Option(
+            "--list",
+            metavar="NAME=SOURCE",
+            help="A list of its own, for a language or kind of text; each request is drafted for "
+            "from the list that knows its prompt best. May be given several times.",
+        ),
+    ] = [],  # noqa: B006
+    generations: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Rank by what the model itself writes after so many prompts of each list; "
+            "0: by the texts as they are. Best 1000 or more.",
+        ),
+    ] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each generation.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the generations.")] = 1.0,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Recommend this size instead of the fastest predicted one."),
+    ] = None,
+    dynamic_tokens: Annotated[
+        int,
+        typer.Option(min=0, max=4096, help="Show coverage with so many dynamic tokens as well."),
+    ] = 64,
+    draft_share: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Weights of the draft's layers over the target's: the share of layers before the "
+            "exit, or that of the draft model.",
+        ),
+    ] = 0.25,
+    dtype: Annotated[str, typer.Option(help="Of the model while it generates.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads while it generates.")
+    ] = None,
+) -> None:
+    """Ranks the tokens a draft needs: a file for "draft_vocabulary"."""
+    with errors_in_words():
+        from vllm_spec_plugins.calibration.generations import Engine, Sampling
+
+        from . import calibrate_vocab
+
+        calibrate_vocab.run(
+            calibrate_vocab.Request(
+                model,
+                calibrate_vocab.lists_of(texts, lists),
+                output,
+                generations,
+                Sampling(max_tokens, temperature),
+                Engine(dtype, threads),
+                size,
+                dynamic_tokens,
+                draft_share,
+            )
+        )
