@@ -3,7 +3,7 @@
 After DEL (Entezari Zarch et al. 2504.05598, COLM 2025). The layers of a verified position
 tell, for one pass of the head, what the draft of *every* exit would have been there: shadow
 tokens. From how often those agree with the target, and from what drafting and verifying cost,
-follows the exit and the length with the most expected tokens per cost.
+follow the exit and the length with the most expected tokens per cost.
 
 Shapes: R requests of a batch, E exits, K most draft tokens, N verified positions, B batch sizes.
 """
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .length_control import LengthController, LengthControlOptions, Signals
-from .context import EngineContext
 from .request_table import RequestTable
+
+if TYPE_CHECKING:
+    from .context import EngineContext
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,9 @@ class ExitCosts:
             interpolated, beyond them the nearest holds.
         draft: `[B, E]` float64, one draft step after each exit.
         verify: `[B, K+1]` float64, verifying 0 to K draft tokens of every request; `[:, 0]` is 1.
+
+    Raises:
+        ValueError: The shapes do not agree, or a number cannot be such a cost.
     """
 
     batch_sizes: NDArray[np.int64]
@@ -51,7 +56,7 @@ class ExitCosts:
     def from_layers(
         cls, layers: Sequence[int], num_layers: int, head_layers: float, most: int
     ) -> ExitCosts:
-        """Costs from layer counts: right where memory bandwidth is what a step waits for.
+        """Costs from layer counts: right where a step waits for memory bandwidth alone.
 
         Nothing is measured, so tensor-parallel ranks agree.
 
@@ -74,16 +79,62 @@ class ExitCosts:
         return draft, self.verify[low] + share * (self.verify[high] - self.verify[low])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExitChoice:
+    """How a batch drafts in one round.
+
+    Attributes:
+        layer: The exit, one for all requests: the rows of a batch run the same layers.
+        lengths: `[R]` int64 most tokens to draft, 0 to K.
+        thresholds: `[R]` float64 confidence below which a drafted token is its draft's last;
+            0 where stopping early is not expected to pay.
+    """
+
+    layer: int
+    lengths: NDArray[np.int64]
+    thresholds: NDArray[np.float64]
+
+
 class ExitSelection:
     """What is known about each exit, per request, and what follows from it.
 
+    With a the chance that a draft token is accepted, DEL's expected tokens per cost of d draft
+    tokens are (1 - a^(d+1)) / (1 - a) over verify[d] + d draft. Ours differ in two ways. A batch
+    is one step: what counts are its tokens over its cost, so that a request that drafts longer
+    than the others makes them wait. And ending a draft at a doubtful token is part of the model:
+    with s the chance that a token is confident, and m that it is confident and accepted, at most
+    d tokens yield 1 + a (1 - m^d) / (1 - m), and the j-th is drafted in s^(j-1) of the rounds.
+    Thresholds are used where that is better: not where confidence tells little, nor where a
+    draft token costs so little that doubtful ones pay, too.
+
+    Each request's evidence is drawn towards the mean over all, so that a new one starts well.
+
     Args:
         layers: `[E]` the exits, as numbers of layers run, rising.
-        costs: Of those exits; K there at least `most`.
+        costs: Of those exits, up to K draft tokens at least.
         most: K, most tokens of a draft.
         max_num_requests: Most requests in one step.
         discount: Factor on a request's past evidence at each new observation.
+
+    Raises:
+        ValueError: The costs are for other exits or too few tokens.
     """
+
+    #: Sums over positions, for each request and exit: all, those where the draft agreed, the
+    #: confidences where it did and where it did not, the confident ones, those of them that agreed.
+    _SEEN, _AGREED, _SURE_RIGHT, _SURE_WRONG, _CONFIDENT, _CONFIDENT_AGREED = range(6)
+    _NUM_SUMS = 6
+    #: Positions' worth of evidence that the mean over all requests counts for.
+    _PRIOR_STRENGTH = 8.0
+    #: Until more is known, every exit agrees half the time: so many positions' worth of it.
+    _INITIAL_POSITIONS = 2.0
+    #: Discount, at each observation, of the mean over all requests.
+    _MEAN_DISCOUNT = 0.99
+    #: What another exit must promise beyond the present one, as a share of the step's tokens.
+    _MARGIN = 0.01
+    #: A request that drafts nothing, and of which nothing is heard, drafts one token after so
+    #: many rounds: for proposers that observe only where they drafted.
+    _PROBE_EVERY = 64
 
     def __init__(
         self,
@@ -93,31 +144,90 @@ class ExitSelection:
         max_num_requests: int,
         discount: float = 0.95,
     ) -> None:
+        exits, lengths = costs.draft.shape[1], costs.verify.shape[1]
+        if exits != len(layers) or lengths <= most:
+            raise ValueError(
+                f"the costs are of {exits} exits and up to {lengths - 1} draft tokens; "
+                f"there are {len(layers)} exits and up to {most} draft tokens"
+            )
         self.layers = tuple(layers)
-
-    @property
-    def has_evidence(self) -> bool:
-        """Whether anything was observed yet."""
-        raise NotImplementedError
+        self.discount = discount
+        #: Whether anything was observed yet.
+        self.has_evidence = False
+        self._costs = costs
+        self._most = most
+        #: The exit of the last round, as an index.
+        self._current: int | None = None
+        #: Column 0: rounds without a draft or an observation; then `[_NUM_SUMS, E]` sums.
+        self._table = RequestTable([0.0] * (1 + self._NUM_SUMS * exits), max_num_requests)
+        self._mean = np.zeros((self._NUM_SUMS, exits))
+        self._mean[[self._SEEN, self._CONFIDENT]] = self._INITIAL_POSITIONS
+        self._mean[[self._AGREED, self._CONFIDENT_AGREED]] = self._INITIAL_POSITIONS / 2
 
     def rates(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
         """`[R, E]` estimated chance that a draft token of each exit is accepted."""
-        raise NotImplementedError
+        evidence = self._evidence(self._table.rows(request_ids))
+        return evidence[:, self._AGREED] / evidence[:, self._SEEN]
 
-    def layer(self, request_ids: Sequence[str]) -> int:
-        """The exit for a batch: one for all, since its rows run the same layers.
+    def thresholds(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
+        """`[R, E]` half-way between mean confidence where the draft agrees and where not."""
+        return self._half_way(self._evidence(self._table.rows(request_ids)))
 
-        Without requests: for one of which nothing is known but the mean of all.
+    def choose(
+        self,
+        request_ids: Sequence[str],
+        layer: int | None = None,
+        *,
+        use_thresholds: bool = True,
+    ) -> ExitChoice:
+        """The exit, lengths and thresholds with the most expected tokens per cost.
+
+        Args:
+            request_ids: `[R]` the batch. None of them: the layer for a request of which nothing
+                is known but the mean of all.
+            layer: One of `layers`. None: the last round's until another is better by a margin.
+            use_thresholds: Whether drafts may end at doubtful tokens.
         """
-        raise NotImplementedError
-
-    def lengths(self, request_ids: Sequence[str], layer: int) -> NDArray[np.int64]:
-        """`[R]` tokens each request of a batch should draft after that layer, 0 to K."""
-        raise NotImplementedError
-
-    def thresholds(self, request_ids: Sequence[str], layer: int) -> NDArray[np.float64]:
-        """`[R]` confidence below which a drafted token should be its draft's last; 0 = none."""
-        raise NotImplementedError
+        rows = self._table.rows(request_ids)
+        evidence = self._evidence(rows) if len(rows) else self._prior()[None]
+        draft, verify = self._costs.at(len(evidence))
+        if layer is not None:
+            only = [self.layers.index(layer)]
+            evidence, draft = evidence[..., only], draft[only]
+        shares = np.ascontiguousarray((evidence / evidence[:, self._SEEN, None]).T)
+        tokens, verifying, drafting = expected(
+            shares[:, self._AGREED],
+            shares[:, self._CONFIDENT],
+            shares[:, self._CONFIDENT_AGREED],
+            draft,
+            verify[: self._most + 1],
+        )
+        if not use_thresholds:
+            tokens, verifying, drafting = tokens[:, :1], verifying[:, :1], drafting[:, :1]
+        # Tokens per cost of the step, by Dinkelbach's method: at the best speed that one length
+        # for all can reach, each request takes the length with the most tokens - speed x cost.
+        count = len(evidence)
+        waiting = count * drafting
+        speed = float((tokens.sum(axis=-1) / (verifying.sum(axis=-1) + waiting)).max())
+        gains = tokens - speed * verifying
+        best = gains.copy()  # of at most so many tokens
+        for j in range(1, len(best)):
+            np.maximum(best[j], best[j - 1], out=best[j])
+        values = best.sum(axis=-1) - speed * waiting  # [K+1, 2, E]
+        exit_ = 0
+        if layer is None:
+            exit_ = self._best_exit(values.max(axis=(0, 1)), self._MARGIN * speed * count)
+        longest, rule = divmod(int(values[..., exit_].argmax()), values.shape[1])
+        lengths = gains[: longest + 1, rule, exit_].argmax(axis=0)
+        thresholds = np.zeros(count)
+        if rule:
+            thresholds = self._half_way(evidence[..., [exit_]])[:, 0]
+        chosen = self.layers[exit_] if layer is None else layer
+        if not len(rows):
+            return ExitChoice(chosen, lengths[:0], thresholds[:0])
+        if layer is None:
+            self._current = exit_
+        return ExitChoice(chosen, self._with_probes(rows, lengths), thresholds)
 
     def observe(
         self,
@@ -126,43 +236,151 @@ class ExitSelection:
         agreement: NDArray[np.floating],
         confidences: NDArray[np.floating],
     ) -> None:
-        """Learn from verified positions, whether their tokens were drafted or not.
+        """Learn from verified positions, whether tokens were drafted there or not.
+
+        Every position whose token stands belongs here, or all those of some steps chosen
+        without looking: leaving out what followed a rejection would overrate the exits.
 
         Args:
             request_ids: `[R]`.
-            of_request: `[N]` index into `request_ids`; requests may have no position.
+            of_request: `[N]` index into `request_ids`; a request may have no position.
             agreement: `[N, E]` chance, in [0, 1], that the draft of each exit is accepted there:
                 1 or 0 where the target is greedy; min(1, q(y) / p(y)) at the emitted token y
-                where it samples, which is sum_x min(p, q) in the mean.
+                where it samples, whose mean is sum_x min(p(x), q(x)).
             confidences: `[N, E]` probability, under each exit, of the token it would draft.
         """
-        raise NotImplementedError
+        if not len(of_request):
+            return
+        self.has_evidence = True
+        order = np.argsort(of_request, kind="stable")
+        present, first = np.unique(of_request[order], return_index=True)
+        chosen: list[int] = present.tolist()
+        names: list[str] = [request_ids[i] for i in chosen]
+        counts = np.diff(first, append=len(order))
+        rows = self._table.rows(names)
+        threshold = np.repeat(self._half_way(self._evidence(rows)), counts, axis=0)
+        agreed = agreement[order].astype(np.float64)
+        confidence = confidences[order].astype(np.float64)
+        confident = confidence >= threshold
+        right = confidence * agreed
+        positions = np.empty((len(order), self._NUM_SUMS, len(self.layers)))
+        positions[:, self._SEEN] = 1
+        positions[:, self._AGREED] = agreed
+        positions[:, self._SURE_RIGHT] = right
+        positions[:, self._SURE_WRONG] = confidence - right
+        positions[:, self._CONFIDENT] = confident
+        positions[:, self._CONFIDENT_AGREED] = confident * agreed
+        sums = np.add.reduceat(positions, first)  # [names, _NUM_SUMS, E]
+        past = self._table.values[rows, 1:] * self.discount
+        self._table.values[rows, 1:] = past + sums.reshape(len(rows), -1)
+        self._table.values[rows, 0] = 0
+        self._mean = self._mean * self._MEAN_DISCOUNT + sums.sum(axis=0)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests that are gone."""
-        raise NotImplementedError
+        self._table.forget(request_ids)
+
+    def _prior(self) -> NDArray[np.float64]:
+        """`[_NUM_SUMS, E]` what is assumed of a request not seen before."""
+        return self._mean * (self._PRIOR_STRENGTH / self._mean[self._SEEN])
+
+    def _evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """`[R, _NUM_SUMS, E]` sums of the requests in some rows, and the prior."""
+        own = self._table.values[rows, 1:]
+        return own.reshape(len(own), *self._mean.shape) + self._prior()
+
+    def _half_way(self, evidence: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`[R, E]` thresholds from `[R, _NUM_SUMS, E]` sums."""
+        right, seen = evidence[:, self._AGREED], evidence[:, self._SEEN]
+        # Nothing agreed, or everything: the sum of its confidences is 0, too.
+        wrong = np.maximum(seen - right, 1e-9)
+        when_right = evidence[:, self._SURE_RIGHT] / np.maximum(right, 1e-9)
+        when_wrong = evidence[:, self._SURE_WRONG] / wrong
+        return (when_right + np.minimum(when_wrong, 1)) / 2
+
+    def _best_exit(self, values: NDArray[np.float64], margin: float) -> int:
+        best, current = int(values.argmax()), self._current
+        if current is not None and values[best] <= values[current] + margin:
+            return current
+        return best
+
+    def _with_probes(
+        self, rows: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        if lengths.all():
+            return lengths
+        idle = np.where(lengths == 0, self._table.values[rows, 0] + 1, 0)
+        probe = idle >= self._PROBE_EVERY
+        self._table.values[rows, 0] = np.where(probe, 0, idle)
+        return np.where(probe, 1, lengths)
+
+
+def expected(
+    accepted: NDArray[np.float64],
+    confident: NDArray[np.float64],
+    confident_accepted: NDArray[np.float64],
+    draft: NDArray[np.float64],
+    verify: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """What drafts of at most 0 to K tokens yield and cost; first axis of each result, `[K+1]`.
+
+    The second axis, of 2, is the rule: all tokens are drafted, or a draft ends at a token that
+    is not confident.
+
+    Args:
+        accepted: `[E, R]` a, chance that a draft token is accepted.
+        confident: `[E, R]` s, chance that it is confident.
+        confident_accepted: `[E, R]` m, chance of both.
+        draft: `[E]` cost of a draft step.
+        verify: `[K+1]` cost of verifying so many draft tokens.
+
+    Returns:
+        `[K+1, 2, E, R]` tokens of a round, with the one that the target adds;
+        `[K+1, 2, E, R]` cost of verifying it;
+        `[K+1, 2, E]` cost of drafting, when each step waits for the last of the R requests.
+    """
+    shape = (len(verify), 2, *accepted.shape)
+    emitted = np.empty(shape)  # [j]: chance that a round has j accepted tokens or more
+    drafted = np.empty(shape)  # [j]: chance that it has j draft tokens or more
+    emitted[0], emitted[1:2] = 1, accepted
+    drafted[:2], drafted[2:, 0] = 1, 1
+    survives = np.stack([accepted, confident_accepted])
+    for j in range(2, len(verify)):
+        np.multiply(emitted[j - 1], survives, out=emitted[j])
+        np.multiply(drafted[j - 1, 1], confident, out=drafted[j, 1])
+    # Chance that any request is drafting still: the others wait.
+    waited_for = np.ones((len(verify), 2, len(draft)))
+    waited_for[0] = 0
+    waited_for[1:, 1] -= (1 - drafted[1:, 1]).prod(axis=-1)
+    up_to = np.tri(len(verify))
+    costs = up_to * np.concatenate([verify[:1], verify[1:] - verify[:-1]])
+    tokens = up_to @ emitted.reshape(len(verify), -1)
+    verifying = costs @ drafted.reshape(len(verify), -1)
+    drafting = waited_for.cumsum(axis=0) * draft
+    return tokens.reshape(shape), verifying.reshape(shape), drafting
 
 
 class ExitController(LengthController):
     """A length controller that chooses the exit, too, of a proposer that has several.
 
-    The proposer hands it an `ExitSelection` with `set_exits` in its first `propose`, drafts
-    after `layer`, and reports verified positions to `selection.observe` from `follow`, in one
-    of `sample_every` steps.
+    The proposer hands it what there is to choose from with `set_exits` in its first `propose`,
+    drafts after `layer`, and reports verified positions to `selection.observe` from `follow`,
+    in one of `sample_every` steps.
     """
 
     needs: ClassVar[Signals] = Signals.CONFIDENCES | Signals.EXITS
 
     #: Shadow tokens are computed in one of so many steps.
     sample_every: int = 1
-    #: The layer to draft after in this round: the one the last `limits` were made for.
+    #: The layer to draft after in this round; known once there are exits.
     layer: int
 
     def __init__(self, options: LengthControlOptions, context: EngineContext) -> None:
         super().__init__(options, context)
+        #: None until the proposer has set its exits.
         self.selection: ExitSelection | None = None
 
     def set_exits(self, selection: ExitSelection) -> None:
-        """What there is to choose from; once."""
+        """Take what there is to choose from, once."""
         self.selection = selection
-        self.layer = selection.layer(())
+        self.layer = selection.choose(()).layer
