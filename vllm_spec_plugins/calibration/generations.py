@@ -33,7 +33,8 @@ class Sampling:
     Attributes:
         max_tokens: Per prompt; a text may end before.
         temperature: 1 is the target's own law; 0 is greedy, where small models loop.
-        seed: Each prompt has a seed of its own, made from this and its number.
+        seed: Of the engine. Requests have none of their own: on a CPU vLLM ends when a seeded
+            prompt is read in parts, so what a killed run had not drawn is drawn otherwise.
     """
 
     max_tokens: int = 256
@@ -87,7 +88,8 @@ def generate(
     on_progress(len(done))
     left = [number for number in range(len(prompts)) if number not in done]
     if left:
-        with _running(model, prompts, sampling, engine) as complete, path.open("ab") as file:
+        seed = sampling.seed + len(done)
+        with _running(model, prompts, sampling, engine, seed) as complete, path.open("ab") as file:
             file.truncate(_complete_length(path))
             for first in range(0, len(left), _CHUNK):
                 chunk = left[first : first + _CHUNK]
@@ -128,7 +130,11 @@ def _key(model: Path, prompts: Sequence[NDArray[np.int64]], sampling: Sampling) 
 
 @contextmanager
 def _running(
-    model: Path, prompts: Sequence[NDArray[np.int64]], sampling: Sampling, engine: Engine
+    model: Path,
+    prompts: Sequence[NDArray[np.int64]],
+    sampling: Sampling,
+    engine: Engine,
+    seed: int,
 ) -> Iterator[Callable[[list[int]], list[list[int]]]]:
     """An engine; yields what completes the prompts of these numbers."""
     for name, value in _environment(engine).items():
@@ -141,22 +147,18 @@ def _running(
         dtype=_dtype(model, engine.dtype),  # pyright: ignore[reportArgumentType]
         max_model_len=longest,
         tensor_parallel_size=engine.tensor_parallel_size,
-        seed=sampling.seed,
+        seed=seed,
         **(engine.options or {}),
     )
 
     def complete(numbers: list[int]) -> list[list[int]]:
         outputs = llm.generate(
             [{"prompt_token_ids": prompts[number].tolist()} for number in numbers],
-            [
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    seed=sampling.seed * len(prompts) + number,
-                    detokenize=False,
-                )
-                for number in numbers
-            ],
+            SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                detokenize=False,
+            ),
             use_tqdm=False,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
