@@ -14,7 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from . import draft_vocabulary
 from .context import ModelFacts
+from .draft_vocabulary import DraftVocabularyOptions
+from .engine_proposer import EngineProposer
 from .errors import ConfigError, PluginError, did_you_mean, listed
 from .length_control import Signals
 from .options import PluginOptions
@@ -23,6 +26,8 @@ from .request_options import problems
 
 #: Keys of `--speculative-config` that are ours, beside a plugin's own options.
 OUR_KEYS = frozenset({"verifier", "verifiers_allowed", "length_control"})
+#: The one key of ours that changes what a method of vLLM's drafts.
+DRAFT_VOCABULARY = "draft_vocabulary"
 #: Keys of vLLM's that mean something beside a proposer of ours.
 SHARED_KEYS = frozenset({"method", "num_speculative_tokens"})
 #: The default verifier of our proposers, and what any request may fall back to.
@@ -47,7 +52,8 @@ class PluginSettings(BaseModel):
     """Everything of ours, as it travels from the front end to the workers.
 
     Attributes:
-        proposer: None when vLLM's own method drafts.
+        proposer: None when a method of vLLM's is asked for by its own name.
+        draft_vocabulary: Beside a method of vLLM's: what its draft head is cut down to.
         length_control: Of our proposer.
         verifier: None when vLLM's own verification runs.
         verifiers_allowed: What requests may choose, by name, the configured one included.
@@ -56,6 +62,7 @@ class PluginSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     proposer: Choice | None = None
+    draft_vocabulary: DraftVocabularyOptions | None = None
     length_control: Choice = Choice(name="fixed")
     verifier: Choice | None = None
     verifiers_allowed: dict[str, Choice] = Field(default_factory=dict)
@@ -68,15 +75,21 @@ class EngineVocabulary:
     Attributes:
         methods: Its speculative methods.
         fields: The keys its `SpeculativeConfig` takes.
+        methods_with_head: Methods that draft through an output head over the vocabulary.
     """
 
     methods: Collection[str]
     fields: Collection[str]
+    methods_with_head: Collection[str] = frozenset()
 
     @property
     def main_methods(self) -> list[str]:
         """Without the old per-model spellings of `mtp`: what an error message should list."""
-        return [method for method in self.methods if not method.endswith("_mtp")]
+        return _without_spellings(self.methods)
+
+
+def _without_spellings(methods: Collection[str]) -> list[str]:
+    return [method for method in methods if not method.endswith("_mtp")]
 
 
 def concerns_us(raw: Mapping[str, Any], engine: EngineVocabulary, registry: Registry) -> bool:
@@ -105,7 +118,8 @@ def split(
         registry: Where to look plugins up; the installed ones by default.
 
     Returns:
-        vLLM's share of the keys (with our method still in `method`), and ours.
+        vLLM's share of the keys, and ours. A proposer of ours is still in `method`, unless it
+        lets a method of vLLM's draft.
 
     Raises:
         SpecPluginsError: One message for the first thing that is wrong.
@@ -118,6 +132,7 @@ def split(
     length_control = rest.pop("length_control", None)
 
     # Without a method vLLM infers one of its own from the draft model's name.
+    ranked = None
     if method in engine.methods or (method is None and "model" in rest):
         if length_control is not None:
             raise ConfigError(
@@ -125,14 +140,18 @@ def split(
                 "is vLLM's own and drafts num_speculative_tokens every time. Remove it, or choose "
                 f"a method from: {listed(registry.names(Kind.PROPOSER))}."
             )
+        if DRAFT_VOCABULARY in rest:
+            ranked = _draft_vocabulary(method, rest.pop(DRAFT_VOCABULARY), engine)
+            verifier = verifier if verifier is not None else LOSSLESS
         _refuse_unknown(method, rest, engine)
         proposer = None
     else:
-        proposer, rest = _proposer(method, rest, engine, registry)
+        proposer, rest = _proposer(method, rest, engine, registry, length_control)
         verifier = verifier if verifier is not None else LOSSLESS
 
     settings = PluginSettings(
         proposer=proposer,
+        draft_vocabulary=ranked,
         length_control=_choice(
             Kind.LENGTH_CONTROLLER,
             "fixed" if length_control is None else length_control,
@@ -155,7 +174,11 @@ def split(
 
 
 def _proposer(
-    method: Any, rest: dict[str, Any], engine: EngineVocabulary, registry: Registry
+    method: Any,
+    rest: dict[str, Any],
+    engine: EngineVocabulary,
+    registry: Registry,
+    length_control: Any,
 ) -> tuple[Choice, dict[str, Any]]:
     """A proposer of ours from its keys, and vLLM's share of them."""
     ours = registry.names(Kind.PROPOSER)
@@ -170,16 +193,24 @@ def _proposer(
             f"{did_you_mean(method, {*ours, *engine.methods})} "
             f"From plugins: {listed(ours)}. vLLM's own: {listed(engine.main_methods)}."
         )
-    options_type = registry.load(Kind.PROPOSER, method).Options
-    shared = {key: rest[key] for key in rest if key in SHARED_KEYS}
-    options = {key: rest[key] for key in rest if key not in SHARED_KEYS}
+    plugin = registry.load(Kind.PROPOSER, method)
+    options_type = plugin.Options
+    beside = SHARED_KEYS | OUR_KEYS
+    if issubclass(plugin, EngineProposer):
+        beside -= {"length_control"}
+        _check_engine_proposer(method, plugin, rest, engine, length_control)
+        shared = {key: rest[key] for key in rest if key not in options_type.model_fields}
+        shared["method"] = plugin.engine_method
+    else:
+        shared = {key: rest[key] for key in rest if key in SHARED_KEYS}
+    options = {key: rest[key] for key in rest if key not in shared}
     if ignored := sorted(
         k for k in options if k in engine.fields and k not in options_type.model_fields
     ):
         raise ConfigError(
             f'"{ignored[0]}" is an option of vLLM\'s own methods and would be ignored by '
             f'"{method}". Remove it. Options of "{method}": {listed(options_type.model_fields)}; '
-            f"beside {listed(SHARED_KEYS | OUR_KEYS)}."
+            f"beside {listed(beside)}."
         )
     tokens = shared.get("num_speculative_tokens")
     if tokens is None:
@@ -191,19 +222,79 @@ def _proposer(
         raise ConfigError(
             f'"num_speculative_tokens" must be a whole number from 1 to 128, got {tokens!r}.'
         )
-    parsed = read_options(
-        Kind.PROPOSER, method, options_type, options, beside=SHARED_KEYS | OUR_KEYS
-    )
+    parsed = read_options(Kind.PROPOSER, method, options_type, options, beside=beside)
     return Choice(name=method, options=parsed.model_dump(mode="json", exclude_unset=True)), shared
+
+
+def _check_engine_proposer(
+    method: str,
+    plugin: type[EngineProposer],
+    rest: Mapping[str, Any],
+    engine: EngineVocabulary,
+    length_control: Any,
+) -> None:
+    """Keys beside a proposer that lets vLLM draft: its own, and vLLM's."""
+    if plugin.engine_method not in engine.methods:
+        raise PluginError(
+            f'The proposer "{method}" lets vLLM\'s method "{plugin.engine_method}" draft, which '
+            f"the installed vLLM does not have. It has: {listed(engine.main_methods)}."
+        )
+    if length_control is not None:
+        raise ConfigError(
+            f'"length_control" works with proposers that draft themselves; "{method}" lets '
+            f'vLLM\'s "{plugin.engine_method}" draft num_speculative_tokens every time. Remove it.'
+        )
+    own = plugin.Options.model_fields.keys()
+    for key in sorted(rest.keys() - own - set(engine.fields)):
+        raise ConfigError(
+            f'Unknown option "{key}" of "{method}".'
+            f"{did_you_mean(key, {*own, *engine.fields, *OUR_KEYS})} "
+            f'It takes {listed(own)}, the options of vLLM\'s "{plugin.engine_method}", and '
+            "verifier, verifiers_allowed."
+        )
+
+
+def _draft_vocabulary(
+    method: str | None, value: Any, engine: EngineVocabulary
+) -> DraftVocabularyOptions:
+    """A file or an object, beside a method of vLLM's that has a head to cut down."""
+    with_head = listed(_without_spellings(engine.methods_with_head))
+    if method is None:
+        raise ConfigError(
+            f'"{DRAFT_VOCABULARY}" needs "method" beside it: one of {with_head}, for example '
+            '"method": "draft_model".'
+        )
+    if method not in engine.methods_with_head:
+        raise ConfigError(
+            f'"{DRAFT_VOCABULARY}" cuts down the output head a draft token is chosen from, and '
+            f'vLLM\'s "{method}" has none that can be cut. Remove it, or choose a method from: '
+            f"{with_head}."
+        )
+    try:
+        return DraftVocabularyOptions.model_validate_json(json.dumps(value))
+    except TypeError as error:
+        raise ConfigError(f'"{DRAFT_VOCABULARY}" must be a JSON value: {error}.') from None
+    except ValidationError as error:
+        if not isinstance(value, (str, Mapping)):
+            raise ConfigError(
+                f'"{DRAFT_VOCABULARY}" takes a file name or an object with '
+                f"{listed(DraftVocabularyOptions.model_fields)}, got {value!r}."
+            ) from None
+        raise ConfigError(
+            f'"{DRAFT_VOCABULARY}": {problems(error, DraftVocabularyOptions)}'
+        ) from None
 
 
 def _refuse_unknown(method: str | None, rest: dict[str, Any], engine: EngineVocabulary) -> None:
     """A key that is neither vLLM's nor ours, beside a method of vLLM's."""
+    ours = {"verifier", "verifiers_allowed"}
+    if method in engine.methods_with_head:
+        ours.add(DRAFT_VOCABULARY)
     for key in sorted(rest.keys() - set(engine.fields)):
         raise ConfigError(
             f'Unknown option "{key}" beside vLLM\'s method "{method or "draft_model"}".'
-            f"{did_you_mean(key, {*engine.fields, *OUR_KEYS})} "
-            f"It takes vLLM's own options, and from plugins: verifier, verifiers_allowed."
+            f"{did_you_mean(key, {*engine.fields, *OUR_KEYS, *ours})} "
+            f"It takes vLLM's own options, and from plugins: {listed(ours)}."
         )
 
 
@@ -278,6 +369,8 @@ def _check(
     """Let every plugin refuse what its option types could not."""
     _check_signals(settings, registry)
     facts: ModelFacts = facts_for(rest.get("num_speculative_tokens"))
+    if settings.draft_vocabulary is not None:
+        draft_vocabulary.check(settings.draft_vocabulary, facts)
     chosen = [
         (Kind.PROPOSER, settings.proposer),
         (Kind.LENGTH_CONTROLLER, settings.length_control),
@@ -295,7 +388,8 @@ def _check_signals(settings: PluginSettings, registry: Registry) -> None:
         return
     control = settings.length_control
     needs: Signals = registry.load(Kind.LENGTH_CONTROLLER, control.name).needs
-    told: Signals = registry.load(Kind.PROPOSER, settings.proposer.name).signals
+    proposer, options = settings.proposer.build(Kind.PROPOSER, registry)
+    told: Signals = proposer.signals_for(options)
     if needs & ~told:
         works = [
             name

@@ -180,8 +180,13 @@ def contract_problem(kind: Kind, plugin: object) -> str | None:
     options, expected = getattr(plugin, "Options", None), base.Options  # pyright: ignore[reportAttributeAccessIssue]
     if not (inspect.isclass(options) and issubclass(options, expected)):
         return f"{plugin.__name__}.Options is not a subclass of {expected.__name__}"
+    from .engine_proposer import EngineProposer
     from .verifier import Guarantee
 
+    if issubclass(plugin, EngineProposer) and not isinstance(
+        getattr(plugin, "engine_method", None), str
+    ):
+        return f"{plugin.__name__}.engine_method is not the name of a method of vLLM's"
     if kind is Kind.VERIFIER and not isinstance(getattr(plugin, "guarantee", None), Guarantee):
         return f"{plugin.__name__}.guarantee is not one of {listed(str(g) for g in Guarantee)}"
     return None

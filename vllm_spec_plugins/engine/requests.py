@@ -26,7 +26,9 @@ class RequestState:
         verifier: Name of the verifier it is served with.
         draft_limit: Most tokens drafted for it per step; 0 = decoded without drafts.
         max_tokens: Most tokens it may produce, or None.
-        temperature: 0 = greedy.
+        temperature: 0 = drafted for greedily: greedy requests, and those under a grammar. The
+            scheduler drops draft tokens that a grammar forbids; dropping a token for what it is
+            biases the text if it was drawn, and costs nothing if it was chosen.
         cache_salt: "" when it came without one.
         has_token_history: False when its prompt came as embeddings.
     """
@@ -56,7 +58,7 @@ class RequestBatch:
         request_ids: `[R]`.
         verifiers: `[R]` names.
         streams: `[R]` int64.
-        temperatures: `[R]` float32.
+        temperatures: `[R]` float32, 0 = drafted for greedily.
         draft_limits: `[R]` int64.
         max_tokens: `[R]` int64, very large where unbounded.
         cache_salts: `[R]`.
@@ -149,6 +151,7 @@ class RequestStates:
         if not options.enabled:
             limit = 0
         seed = params.seed if params else None
+        has_grammar = params is not None and params.structured_outputs is not None
         self._states[request_id] = RequestState(
             stream=(
                 stream_of_arrival(self._engine_seed, self._arrivals, self._replica)
@@ -158,7 +161,7 @@ class RequestStates:
             verifier=options.verifier or self._verifier,
             draft_limit=limit,
             max_tokens=params.max_tokens if params else None,
-            temperature=params.temperature if params else 0.0,
+            temperature=0.0 if has_grammar or params is None else params.temperature,
             cache_salt=extra.get(CACHE_SALT, ""),
             has_token_history=has_token_history,
         )

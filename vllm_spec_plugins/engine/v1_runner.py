@@ -247,7 +247,13 @@ class V1Adapter:
         if self.proposer is None:
             if self._ranked is not None:
                 return self._ranked.law(by_vllm, num_draft, request_ids)
-            return None if by_vllm is None else DraftProbabilities(by_vllm)
+            if by_vllm is None:
+                return None
+            # A drawn token of which nothing is dropped for what it is keeps its law; under a
+            # grammar it is verified as a choice, which is exact whatever was dropped.
+            drawn = self.requests.batch(request_ids).temperatures > 0
+            rows = None if drawn.all() else torch.from_numpy(np.repeat(drawn, num_draft))
+            return DraftProbabilities(by_vllm, sampled=None if rows is None else rows.to(device))
         kept = self._draft.probabilities if self._draft else None
         if kept is None:
             return None
@@ -257,11 +263,16 @@ class V1Adapter:
             rows += [max(row, 0)] * n
             columns += range(n)
             known += [row >= 0] * n
-        index = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-        sampled = torch.tensor(known, device=device)
+        # Typed: a step may verify no draft token at all.
+        row_index = torch.tensor(rows, dtype=torch.int64, device=device)
+        index = row_index, torch.tensor(columns, dtype=torch.int64, device=device)
+        sampled = torch.tensor(known, dtype=torch.bool, device=device)
         if kept.sampled is not None:
             sampled &= kept.sampled[index]
-        return DraftProbabilities(kept.values[index], kept.vocabulary, sampled)
+        vocabulary = kept.vocabulary
+        if vocabulary is not None and vocabulary.ndim > 1:
+            vocabulary = vocabulary[index]
+        return DraftProbabilities(kept.values[index], vocabulary, sampled)
 
     def verified(self, verification: Verification) -> None:
         """The bridge reports what it decided."""
