@@ -61,7 +61,7 @@ class AdapterRecipe:
     steps: int = 600
     batch_size: int = 8
     window: int = 256
-    matrix_lr: float = 0.01
+    matrix_lr: float = 0.03
     lr: float = 1e-3
     weight_decay: float = 0.1
     ffn_size: int = 0

@@ -21,8 +21,9 @@ from .hugging_face import LocalModel
 class AdapterBlock(nn.Module):
     """RMSNorm, attention, residual sum, perhaps a feed-forward part, RMSNorm.
 
-    Begins as the bare exit: what writes to the residual stream is zero, and the last norm is
-    the target's. So training starts from the exit's own drafts and has only to improve them.
+    Begins as the bare exit: what writes to the residual stream is zero, and the last norm has
+    the target's weight. So training starts from the exit's own drafts and has only to improve
+    them. (Where the target's norm takes the mean off, as OLMo's does, it starts near them.)
 
     Args:
         model: The target.

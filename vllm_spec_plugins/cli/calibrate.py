@@ -78,7 +78,7 @@ def adapter(
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     learning_rate: Annotated[
         float, typer.Option(min=1e-6, max=1.0, help="Peak, of Muon, for the matrices.")
-    ] = 0.01,
+    ] = 0.03,
     ffn_size: Annotated[
         int, typer.Option(min=0, help="Width of a feed-forward part; 0: none, as in the paper.")
     ] = 0,
