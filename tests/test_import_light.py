@@ -31,6 +31,7 @@ def imported_by(program: str) -> set[str]:
         "import vllm_spec_plugins.engine.seams; vllm_spec_plugins.engine.seams.check()",
         "from vllm_spec_plugins.registry import Kind, Registry; Registry().entries(Kind.PROPOSER)",
         "import vllm_spec_plugins.request_options",
+        "import vllm_spec_plugins.draft_vocabulary, safetensors.numpy",
         "import vllm_spec_plugins.hookspecs, vllm_spec_plugins.metrics, vllm_spec_plugins.errors",
     ],
 )
