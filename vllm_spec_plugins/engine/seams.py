@@ -57,6 +57,8 @@ class Seam:
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _SAMPLER = "v1/sample/rejection_sampler.py"
+_DRAFTER = "v1/spec_decode/llm_base_proposer.py"
+_HEAD = "model_executor/layers/vocab_parallel_embedding.py"
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -69,14 +71,19 @@ SEAMS: tuple[Seam, ...] = (
         "config/speculative.py",
         "SpeculativeConfig",
         "read",
-        "our config derives from it",
+        "our config derives from it; drafters whose head cannot be replaced",
         (
+            "draft_model_config",
+            "draft_sample_method",
             "method",
             "model",
             "num_speculative_tokens",
+            "parallel_drafting",
             "rejection_sample_method",
             "target_model_config",
             "target_parallel_config",
+            "use_heterogeneous_vocab",
+            "use_local_argmax_reduction",
         ),
     ),
     Seam(
@@ -96,6 +103,13 @@ SEAMS: tuple[Seam, ...] = (
         "SamplingParams._validate_spec_decode",
         "patched",
         "refuses a request that asks for what the server does not allow",
+    ),
+    Seam(
+        "sampling_params.py",
+        "SamplingParams",
+        "read",
+        "which requests are under a grammar; what a request chooses",
+        ("extra_args", "max_tokens", "seed", "structured_outputs", "temperature"),
     ),
     Seam(
         "v1/core/sched/output.py",
@@ -213,6 +227,73 @@ SEAMS: tuple[Seam, ...] = (
         "read",
         "temperature, top-k, top-p of each request",
         ("all_greedy", "all_random", "max_num_logprobs", "temperature", "top_k", "top_p"),
+    ),
+    Seam(_DRAFTER, "SpecDecodeBaseProposer.load_model", "replaced", "the drafter's own head"),
+    Seam(
+        _DRAFTER,
+        "SpecDecodeBaseProposer._sample_draft_tokens",
+        "replaced",
+        "draft tokens from a draft vocabulary, with their compact law",
+    ),
+    Seam(
+        _DRAFTER,
+        "SpecDecodeBaseProposer.propose",
+        "read",
+        "one call of _sample_draft_tokens for each draft step, in row order",
+    ),
+    Seam(
+        _DRAFTER,
+        "SpecDecodeBaseProposer",
+        "read",
+        "its model, and whether it draws its tokens",
+        (
+            "_enable_probabilistic_draft_probs",
+            "_greedy_sample",
+            "_last_draft_probs",
+            "device",
+            "dtype",
+            "hidden_size",
+            "model",
+        ),
+    ),
+    Seam(
+        _RUNNER,
+        "GPUModelRunner._get_spec_decode_draft_probs",
+        "read",
+        "keeps the law of a round until it is verified, and forgets it",
+    ),
+    Seam(
+        "model_executor/layers/logits_processor.py",
+        "LogitsProcessor.forward",
+        "read",
+        "finds a model's output head",
+    ),
+    Seam(
+        "model_executor/layers/logits_processor.py",
+        "LogitsProcessor",
+        "read",
+        "scale and soft cap of logits, and where they are whole",
+        ("logits_as_input", "org_vocab_size", "scale", "soft_cap", "use_all_gather"),
+    ),
+    Seam(
+        _HEAD,
+        "VocabParallelEmbedding",
+        "read",
+        "rows of the output head",
+        ("org_vocab_size", "quant_method", "shard_indices", "tp_size"),
+    ),
+    Seam(
+        _HEAD,
+        "VocabParallelEmbeddingShardIndices",
+        "read",
+        "which rows of the output head a rank has",
+        ("org_vocab_end_index", "org_vocab_start_index"),
+    ),
+    Seam(
+        "lora/layers/logits_processor.py",
+        "LogitsProcessorWithLoRA",
+        "read",
+        "an output head that adapters reach into is refused",
     ),
     Seam(
         "v1/spec_decode/metadata.py",
