@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -14,26 +15,32 @@ class DraftPass:
         exit_layer: Layers run, 1 to all.
         skip_attention: Layers (from 0, below the exit) whose attention is left out, sorted.
         skip_ffn: Layers whose feed-forward network is left out, sorted.
+        adapter: Whether a trained adapter stands between exit and head.
     """
 
     exit_layer: int
     skip_attention: tuple[int, ...] = ()
     skip_ffn: tuple[int, ...] = ()
+    adapter: bool = False
 
     @property
     def num_skipped(self) -> int:
         """Sublayers left out."""
         return len(self.skip_attention) + len(self.skip_ffn)
 
-    def without(self, sublayer: tuple[str, int]) -> DraftPass:
-        """The same with one more sublayer left out, `("attention" or "ffn", layer)`."""
-        kind, layer = sublayer
-        attention, ffn = set(self.skip_attention), set(self.skip_ffn)
-        (attention if kind == "attention" else ffn).add(layer)
-        return DraftPass(self.exit_layer, tuple(sorted(attention)), tuple(sorted(ffn)))
+    def without(self, attention: Iterable[int] = (), ffn: Iterable[int] = ()) -> DraftPass:
+        """The same with more sublayers left out."""
+        return replace(
+            self,
+            skip_attention=tuple(sorted({*self.skip_attention, *attention})),
+            skip_ffn=tuple(sorted({*self.skip_ffn, *ffn})),
+        )
 
     def options(self) -> dict[str, Any]:
-        """The options of `early_exit` that ask for it; whole layers as `skip_layers`."""
+        """The options of `early_exit` that ask for it, but for the adapter's file.
+
+        Layers left out whole are `skip_layers`.
+        """
         whole = set(self.skip_attention) & set(self.skip_ffn)
         skips = {
             "skip_layers": sorted(whole),
@@ -49,4 +56,5 @@ class DraftPass:
             for key, name in names.items()
             if (layers := self.options().get(key))
         ]
-        return str(self.exit_layer) + (f" without {'; '.join(left_out)}" if left_out else "")
+        name = f"{self.exit_layer} + adapter" if self.adapter else str(self.exit_layer)
+        return name + (f" without {'; '.join(left_out)}" if left_out else "")

@@ -4,7 +4,10 @@ One pass over prompt and continuation gives every exit's law at every position: 
 values that an exit reads while drafting are those of the full model's first layers, so
 nothing about a draft that is accepted so far differs from the text itself.
 
-Shapes: E exits, C tokens of the continuation, V vocabulary, M entries of a draft vocabulary.
+Passes that skip layers below their exit are another matter: `layer_skips.py`.
+
+Shapes: E draft passes, C tokens of the continuation, S rounds of K draft tokens, V vocabulary,
+M entries of a draft vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.vocabulary_passes import first_argmax
 from vllm_spec_plugins.zoo.cache import write_atomically
 
+from .acceptance_walk import rounds_of
+from .draft_pass import DraftPass
 from .hugging_face import LocalModel
 
 #: Turns hidden states after an exit, `[1, T, H]`, into what the head reads, `[1, T, H]`.
@@ -49,6 +54,8 @@ class Continuation:
 class Agreement:
     """Draft laws beside the target's, `[E, C]` each.
 
+    Of passes that skip, `[E, S, K]`: draft token j of the round that begins at s.
+
     Attributes:
         overlap: float32 sum over x of min(p(x), q(x)), laws at temperature 1: the chance that
             a token drawn from q is accepted.
@@ -62,15 +69,17 @@ class Agreement:
     chance: NDArray[np.float32]
     first_choice: NDArray[np.bool_]
 
-    def acceptance(self, temperature: float, draft_sample_method: str) -> NDArray[np.float64]:
-        """`[E, C]` chance of acceptance of the text's tokens as draft tokens (`acceptance_walk`).
+    def rounds(self, temperature: float, method: str, most: int) -> NDArray[np.floating]:
+        """`[E, S, most]` chance of acceptance of the text's tokens (`acceptance_walk.walk`).
 
         Args:
             temperature: Of the text.
-            draft_sample_method: `"probabilistic"` or `"greedy"`. At temperature 0 both are greedy.
+            method: `"probabilistic"` or `"greedy"` drafts. At temperature 0 both are greedy.
+            most: Draft tokens per round, at most C or K.
         """
-        greedy = temperature == 0 or draft_sample_method == "greedy"
-        return (self.first_choice if greedy else self.chance).astype(np.float64)
+        greedy = temperature == 0 or method == "greedy"
+        accepted = self.first_choice.astype(np.float32) if greedy else self.chance
+        return rounds_of(accepted, most) if accepted.ndim == 2 else accepted[..., :most]
 
 
 @torch.no_grad()
@@ -109,9 +118,9 @@ def compare(
 def measure(
     model: LocalModel,
     continuation: Continuation,
-    exits: Sequence[int],
+    passes: Sequence[DraftPass],
     vocabulary: Tensor | None = None,
-    adapter: Mapping[int, Adapter] | None = None,
+    adapter: Adapter | None = None,
 ) -> Agreement:
     """Every exit's agreement on one continuation, but for its first token.
 
@@ -120,22 +129,28 @@ def measure(
     Args:
         model: The target.
         continuation: At least two tokens long.
-        exits: Numbers of layers run.
+        passes: Exits that skip nothing.
         vocabulary: `[M]` int64 tokens that can be drafted; None: all.
-        adapter: By exit, what stands between it and the head instead of the final norm.
+        adapter: What stands between exit and head, instead of the final norm, in passes with it.
 
     Returns:
         C is the continuation's length less one.
     """
     token_ids = torch.tensor(continuation.token_ids, device=model.device)
-    states = model.layer_states(token_ids[None], sorted({*exits, model.num_layers}))
+    after = sorted({*(p.exit_layer for p in passes), model.num_layers})
+    states = model.layer_states(token_ids[None], after)
     # Row i predicts token i + 1.
     rows = slice(continuation.num_prompt, len(token_ids) - 1)
     target = model.logits(model.final_norm(states[model.num_layers])[0, rows])
     drafts: list[Tensor] = []
-    for number in exits:
-        through = (adapter or {}).get(number, model.final_norm)
-        logits = model.logits(through(states[number])[0, rows])
+    for draft_pass in passes:
+        state = states[draft_pass.exit_layer]
+        if draft_pass.adapter:
+            assert adapter is not None
+            normed = adapter(state)[0, rows]
+        else:
+            normed = model.final_norm(state[:, rows])[0]
+        logits = model.logits(normed)
         drafts.append(logits if vocabulary is None else logits[:, vocabulary])
     return compare(target, drafts, token_ids[continuation.num_prompt + 1 :], vocabulary)
 
@@ -154,9 +169,17 @@ class MeasurementStore:
         #: Measurements read back instead of made.
         self.reused = 0
 
-    def get(self, continuation: Continuation, make: Callable[[], Agreement]) -> Agreement:
-        """The stored measurement, or a new one, stored."""
-        path = self._path(continuation)
+    def get(
+        self, what: str, continuation: Continuation, make: Callable[[], Agreement]
+    ) -> Agreement:
+        """The stored measurement, or a new one, stored.
+
+        Args:
+            what: Draft passes, in words.
+            continuation: The text.
+            make: Measures.
+        """
+        path = self._path(what, continuation)
         try:
             with np.load(path) as stored:
                 found = Agreement(**{field.name: stored[field.name] for field in fields(Agreement)})
@@ -176,9 +199,9 @@ class MeasurementStore:
         write_atomically(path, write)
         return made
 
-    def _path(self, continuation: Continuation) -> Path:
-        what = f"{self._inputs} {continuation}"
-        return self._folder / f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.npz"
+    def _path(self, what: str, continuation: Continuation) -> Path:
+        key = hashlib.sha256(f"{self._inputs} {what} {continuation}".encode())
+        return self._folder / f"{key.hexdigest()[:20]}.npz"
 
 
 def exits_to_measure(num_layers: int, chosen: Sequence[int] | None) -> list[int]:
