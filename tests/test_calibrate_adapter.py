@@ -45,6 +45,9 @@ from vllm_spec_plugins.cli.calibrate_adapter import _rounded, verdict
 from vllm_spec_plugins.cli.main import app
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.target_model import LayerState
+from vllm_spec_plugins.zoo.adapter_expansion import expand_adapter
+from vllm_spec_plugins.zoo.expansion import ExpansionError
+from vllm_spec_plugins.zoo.recipes import RECIPES
 
 RECIPE = AdapterRecipe(exit_layer=1, steps=24, batch_size=4, window=32, checkpoint_every=5)
 
@@ -228,6 +231,28 @@ class TestBlock:
         path = _save(tmp_path / "adapter.safetensors", target, AdapterBlock(target))
         with pytest.raises(SpecPluginsError, match="another model"):
             load_block(path, LocalModel(_random_model("Mistral")))
+
+    @pytest.mark.parametrize("ffn_size", [0, 24])
+    def test_expanded_with_its_model_drafts_the_same(
+        self, target: LocalModel, tmp_path: Path, ffn_size: int
+    ) -> None:
+        narrow = _save(tmp_path / "narrow", target, _randomised(target, ffn_size))
+        wide_target = LocalModel.load(zoo.ensure("expanded-tiny"))
+        shapes = [RECIPES[name].architecture for name in ("tiny", "expanded-tiny")]
+        card = expand_adapter(narrow, *shapes, tmp_path / "wide")
+        assert card.exit_layer == 2
+        assert card.ffn_size == 2 * ffn_size
+        tokens = torch.randint(0, target.vocab_size, (2, 20))
+        logits = [
+            model.logits(load_block(path, model)(model.layer_states(tokens, [exit_])[exit_]))
+            for model, path, exit_ in (
+                (target, narrow, 1),
+                (wide_target, tmp_path / "wide", 2),
+            )
+        ]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ExpansionError, match="not trained for"):
+            expand_adapter(narrow, shapes[1], shapes[1], tmp_path / "wider")
 
 
 class Served:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -78,6 +79,9 @@ def run(
         SpecPluginsError: With one message that says what to do.
     """
     console = Console()
+    # Where no bar is drawn, progress is logged.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vllm_spec_plugins").setLevel(logging.INFO)
     if threads:
         torch.set_num_threads(threads)
     if not output.parent.is_dir():

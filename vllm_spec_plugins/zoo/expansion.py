@@ -89,9 +89,9 @@ def expand(source: Llama, wide: Architecture, seed: int) -> Llama:
             target[:width] = weight * (width / shape.hidden_size) ** 0.5
             continue
         if name.endswith("q_proj.weight"):
-            target[_query_rows(source.shape, shape), :width] = weight
+            target[query_rows(source.shape, shape), :width] = weight
         elif name.endswith("o_proj.weight"):
-            target[:width, _query_rows(source.shape, shape)] = weight
+            target[:width, query_rows(source.shape, shape)] = weight
         else:
             target[: weight.shape[0], : weight.shape[1]] = weight
     result.load(weights)
@@ -130,7 +130,7 @@ def _deeper(name: str, step: int) -> str:
     return re.sub(r"layers\.(\d+)", lambda found: f"layers.{int(found[1]) * step}", name)
 
 
-def _query_rows(narrow: Architecture, wide: Architecture) -> Tensor:
+def query_rows(narrow: Architecture, wide: Architecture) -> Tensor:
     """`[narrow heads * head_dim]` rows of the wide query matrix that hold the narrow heads.
 
     A query head reads the key head its position gives it, so heads keep their place in the
