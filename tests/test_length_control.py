@@ -21,6 +21,7 @@ from vllm_spec_plugins.length_control import (
     Fixed,
     LengthController,
     LengthControlOptions,
+    RequestKeys,
     best_lengths,
 )
 from vllm_spec_plugins.registry import Kind, installed
@@ -43,6 +44,12 @@ def counts(*numbers: int) -> np.ndarray:
     return np.array(numbers, dtype=np.int64)
 
 
+def keys(*request_ids: str) -> RequestKeys:
+    """Requests as controllers are asked about them; those here draw no random numbers."""
+    zeros = np.zeros(len(request_ids), dtype=np.int64)
+    return RequestKeys(request_ids, zeros, zeros)
+
+
 def additive(**options: int) -> Additive:
     return Additive(AdditiveOptions(**options), CONTEXT)
 
@@ -53,8 +60,8 @@ def speedup(**options: float) -> ExpectedSpeedup:
 
 def test_fixed() -> None:
     controller = Fixed(LengthControlOptions(), CONTEXT)
-    assert controller.limits(["a", "b"]).tolist() == [6, 6]
-    assert controller.limits([]).tolist() == []
+    assert controller.limits(keys("a", "b")).tolist() == [6, 6]
+    assert controller.limits(keys()).tolist() == []
 
 
 @pytest.mark.parametrize("name", ["fixed", "additive", "expected_speedup"])
@@ -66,29 +73,29 @@ def test_registered(name: str) -> None:
 
 
 def test_additive_starts_at_the_maximum_or_where_it_is_told() -> None:
-    assert additive().limits(["a"]).tolist() == [6]
-    assert additive(maximum=4).limits(["a"]).tolist() == [4]
-    assert additive(start=2).limits(["a"]).tolist() == [2]
+    assert additive().limits(keys("a")).tolist() == [6]
+    assert additive(maximum=4).limits(keys("a")).tolist() == [4]
+    assert additive(start=2).limits(keys("a")).tolist() == [2]
 
 
 def test_additive_steps_up_and_down_for_each_request() -> None:
     controller = additive(start=3, minimum=2, maximum=5, increase=2, decrease=1)
-    controller.limits(["a", "b"])
+    controller.limits(keys("a", "b"))
     controller.observe(["b", "a"], counts(3, 3), counts(3, 2))
-    assert controller.limits(["a", "b"]).tolist() == [2, 5]
+    assert controller.limits(keys("a", "b")).tolist() == [2, 5]
     controller.observe(["a", "b"], counts(2, 5), counts(0, 5))
-    assert controller.limits(["a", "b"]).tolist() == [2, 5]  # at the bounds
+    assert controller.limits(keys("a", "b")).tolist() == [2, 5]  # at the bounds
 
 
 def test_additive_forgets() -> None:
     controller = additive(start=3)
-    controller.limits(["a"])
+    controller.limits(keys("a"))
     controller.observe(["a"], counts(3), counts(0))
     controller.finish(["a", "never seen"])
     # A verdict that arrives late must not bring the request back.
     controller.observe(["a"], counts(3), counts(0))
     assert len(controller._lengths) == 0
-    assert controller.limits(["a"]).tolist() == [3]
+    assert controller.limits(keys("a")).tolist() == [3]
 
 
 @given(
@@ -102,9 +109,9 @@ def test_additive_stays_within_bounds(
     maximum = min(minimum + width, 6)
     controller = additive(minimum=minimum, maximum=maximum, increase=2, decrease=3)
     for drafted, accepted in verdicts:
-        (before,) = controller.limits(["a"])
+        (before,) = controller.limits(keys("a"))
         controller.observe(["a"], counts(drafted), counts(min(drafted, accepted)))
-        (after,) = controller.limits(["a"])
+        (after,) = controller.limits(keys("a"))
         assert minimum <= after <= maximum
         assert (after >= before) == (accepted >= drafted) or after == before
 
@@ -167,19 +174,19 @@ def test_nothing_is_drafted_where_it_does_not_pay() -> None:
 def test_expected_speedup_adapts_to_each_request() -> None:
     controller = speedup(cost_ratio=0.15)
     for _ in range(60):
-        controller.limits(["good", "bad"])
+        controller.limits(keys("good", "bad"))
         controller.observe(["good", "bad"], counts(4, 2), counts(4, 0))
     good, bad = controller.acceptance(["good", "bad"])
     assert good > 0.9
     assert bad < 0.15
-    assert controller.limits(["good", "bad"]).tolist() == [6, 0]
+    assert controller.limits(keys("good", "bad")).tolist() == [6, 0]
 
 
 def test_estimate_converges_to_the_acceptance_rate() -> None:
     controller = speedup(cost_ratio=0.1, discount=1.0)
     generator = np.random.default_rng(0)
     for _ in range(3000):
-        controller.limits(["a"])
+        controller.limits(keys("a"))
         accepted = int((generator.random(4) < 0.7).cumprod().sum())
         controller.observe(["a"], counts(4), counts(accepted))
     assert controller.acceptance(["a"])[0] == pytest.approx(0.7, abs=0.02)
@@ -195,7 +202,7 @@ def test_new_request_starts_from_the_mean_of_all() -> None:
 
 def test_old_evidence_fades() -> None:
     controller = speedup(cost_ratio=0.1, discount=0.8)
-    controller.limits(["a"])
+    controller.limits(keys("a"))
     for _ in range(50):
         controller.observe(["a"], counts(4), counts(4))
     before = controller.acceptance(["a"])[0]
@@ -207,18 +214,18 @@ def test_old_evidence_fades() -> None:
 
 def test_probes_now_and_then_and_recovers() -> None:
     controller = speedup(cost_ratio=0.5, probe_every=5, initial_acceptance=0.1)
-    lengths = [int(controller.limits(["a"])[0]) for _ in range(15)]
+    lengths = [int(controller.limits(keys("a"))[0]) for _ in range(15)]
     assert lengths == [0, 0, 0, 0, 1] * 3
     for _ in range(30):  # from now on, every probe succeeds
         for _ in range(5):
-            if controller.limits(["a"])[0]:
+            if controller.limits(keys("a"))[0]:
                 controller.observe(["a"], counts(1), counts(1))
-    assert controller.limits(["a"])[0] >= 1
+    assert controller.limits(keys("a"))[0] >= 1
 
 
 def test_expected_speedup_forgets() -> None:
     controller = speedup(cost_ratio=0.1)
-    controller.limits(["a"])
+    controller.limits(keys("a"))
     for _ in range(50):
         controller.observe(["a"], counts(4), counts(0))
     controller.finish(["a"])
@@ -241,7 +248,7 @@ def test_expected_speedup_is_deterministic_and_within_bounds(
     pair = [speedup(**options), speedup(**options)]
     for numbers, accepted in steps:
         ids = [str(n) for n in numbers]
-        lengths = [controller.limits(ids) for controller in pair]
+        lengths = [controller.limits(keys(*ids)) for controller in pair]
         assert (lengths[0] == lengths[1]).all()
         assert ((lengths[0] >= 0) & (lengths[0] <= 6)).all()
         drafted = np.maximum(lengths[0], 1)
@@ -256,18 +263,18 @@ def test_verdicts_of_a_request_do_not_depend_on_its_place_in_the_batch() -> None
     drafted, accepted = counts(3, 3, 3, 3, 3, 3), counts(0, 1, 2, 3, 0, 3)
     forward, backward = speedup(cost_ratio=0.2), speedup(cost_ratio=0.2)
     for _ in range(20):
-        forward.limits(ids)
-        backward.limits(ids[::-1])
+        forward.limits(keys(*ids))
+        backward.limits(keys(*ids[::-1]))
         forward.observe(ids, drafted, accepted)
         backward.observe(ids[::-1], drafted[::-1], accepted[::-1])
-    assert forward.limits(ids).tolist() == backward.limits(ids[::-1])[::-1].tolist()
+    assert forward.limits(keys(*ids)).tolist() == backward.limits(keys(*ids[::-1]))[::-1].tolist()
 
 
 def test_cost_is_measured() -> None:
     controller = speedup()
     assert controller.cost_ratio(1) is None
     for step in range(200):
-        (length,) = controller.limits(["a"])
+        (length,) = controller.limits(keys("a"))
         seconds = 0.010 + 0.001 * (1 + int(length))
         controller.observe_step_time(1 + int(length), seconds)
         controller.observe(["a"], counts(max(length, 1)), counts(max(length, 1) - step % 2))
@@ -294,7 +301,7 @@ def test_given_cost_is_not_overruled() -> None:
 
 def test_unmeasured_cost_makes_steps_differ() -> None:
     controller = speedup()
-    assert [int(controller.limits(["a"])[0]) for _ in range(4)] == [6, 3, 6, 3]
+    assert [int(controller.limits(keys("a"))[0]) for _ in range(4)] == [6, 3, 6, 3]
 
 
 def test_tensor_parallel_needs_a_cost_ratio() -> None:

@@ -194,7 +194,9 @@ class Additive(LengthController):
         self._lengths.forget(request_ids)
 
 
-class ExpectedSpeedupOptions(LengthControlOptions):
+class SpeedupOptions(LengthControlOptions):
+    """Options of controllers that weigh what a draft token yields against what it costs."""
+
     cost_ratio: float | None = Field(
         None,
         gt=0,
@@ -212,37 +214,34 @@ class ExpectedSpeedupOptions(LengthControlOptions):
         gt=0,
         description="draft tokens' worth of evidence that the mean over all requests counts for",
     )
-    probe_every: int = Field(
-        16,
-        ge=1,
-        description="where drafting does not pay, one token is drafted every so many steps",
-    )
 
 
-class ExpectedSpeedup(LengthController):
-    """The length k with the largest expected speed-up over not drafting.
+class SpeedupController(LengthController):
+    """Knows, of each request, the chance that a draft token is accepted, and what one costs.
 
-    With a the chance that a draft token is accepted and c the cost of one more of them, a
-    draft of k tokens yields (1 - a^(k+1)) / (1 - a) tokens for k c + 1 plain steps (Leviathan
-    et al. 2211.17192). a is measured for each request (accepted tokens against first
-    rejections, discounted) and drawn towards the mean over all requests; c is an option, or
-    fitted to the times of past steps.
-
-    It depends on past verdicts only, and the same history gives the same lengths.
+    The chance is measured from past verdicts (accepted tokens against first rejections,
+    discounted) and drawn towards the mean over all requests; the cost is an option, or fitted
+    to the times of past steps.
     """
 
-    Options = ExpectedSpeedupOptions
-    options: ExpectedSpeedupOptions
+    Options = SpeedupOptions
+    #: As registered, for messages.
+    name: ClassVar[str]
 
-    #: Columns of the table.
-    _ACCEPTED, _REJECTED, _IDLE = 0, 1, 2
+    #: Columns of the table; those of a subclass follow.
+    _ACCEPTED, _REJECTED, _OWN = 0, 1, 2
     #: Discount, at each step, of the mean over all requests.
     _MEAN_DISCOUNT = 0.99
 
-    def __init__(self, options: ExpectedSpeedupOptions, context: EngineContext) -> None:
+    def __init__(
+        self, options: SpeedupOptions, context: EngineContext, columns: Sequence[float]
+    ) -> None:
         self.check(options, context.facts)
         super().__init__(options, context)
-        self._table = RequestTable([0.0, 0.0, 0.0], context.max_num_requests)
+        self._strength, self._initial = options.prior_strength, options.initial_acceptance
+        self._discount = options.discount
+        self._given_cost = options.cost_ratio
+        self._table = RequestTable([0.0, 0.0, *columns], context.max_num_requests)
         self._cost = StepCost()
         self._most = context.facts.num_speculative_tokens
         #: Steps larger than this hold prompts, whose tokens cost differently.
@@ -252,43 +251,35 @@ class ExpectedSpeedup(LengthController):
 
     @classmethod
     def check(cls, options: LengthControlOptions, facts: ModelFacts) -> None:
-        assert isinstance(options, ExpectedSpeedupOptions)
+        assert isinstance(options, SpeedupOptions)
         if options.cost_ratio is None and facts.tensor_parallel_size > 1:
             raise ConfigError(
-                'length_control "expected_speedup" measures step times, which differ between the '
+                f'length_control "{cls.name}" measures step times, which differ between the '
                 f"{facts.tensor_parallel_size} tensor-parallel ranks, and ranks must draft the "
-                'same number of tokens. Give it a cost_ratio: {"name": "expected_speedup", '
+                f'same number of tokens. Give it a cost_ratio: {{"name": "{cls.name}", '
                 '"cost_ratio": 0.1}.'
             )
 
-    def acceptance(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
-        """`[R]` estimated chance that a draft token of each request is accepted."""
-        strength, initial = self.options.prior_strength, self.options.initial_acceptance
-        mean = (self._accepted + strength * initial) / (self._accepted + self._rejected + strength)
-        evidence = self._table.values[self._table.rows(request_ids)]
-        accepted, rejected = evidence[:, self._ACCEPTED], evidence[:, self._REJECTED]
-        return (accepted + strength * mean) / (accepted + rejected + strength)
-
     def cost_ratio(self, num_requests: int) -> float | None:
         """c with that many requests in the step; None while it is being measured."""
-        if self.options.cost_ratio is not None:
-            return self.options.cost_ratio
+        if self._given_cost is not None:
+            return self._given_cost
         return self._cost.ratio(num_requests)
 
-    def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
-        self._steps += 1
-        request_ids = requests.request_ids
-        rows = self._table.rows(request_ids)
-        cost = self.cost_ratio(len(rows))
-        if cost is None:
-            # Long and short by turns: steps of one size say nothing about a token's cost.
-            length = self._most if self._steps % 2 else (self._most + 1) // 2
-            return np.full(len(rows), length, dtype=np.int64)
-        lengths = best_lengths(self.acceptance(request_ids), cost, self._most)
-        idle = np.where(lengths == 0, self._table.values[rows, self._IDLE] + 1, 0)
-        probe = idle >= self.options.probe_every
-        self._table.values[rows, self._IDLE] = np.where(probe, 0, idle)
-        return np.where(probe, 1, lengths)
+    def _evidence(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`[R]` draft tokens accepted and rejected, the mean's share included: both positive."""
+        accepted = self._accepted + self._strength * self._initial
+        rejected = self._rejected + self._strength * (1 - self._initial)
+        scale = self._strength / (accepted + rejected)
+        own = self._table.values[rows, : self._OWN]
+        return (
+            own[:, self._ACCEPTED] + scale * accepted,
+            own[:, self._REJECTED] + scale * rejected,
+        )
+
+    def _length_to_measure(self) -> int:
+        """Long and short by turns: steps of one size say nothing about a token's cost."""
+        return self._most if self._steps % 2 else (self._most + 1) // 2
 
     def observe(
         self,
@@ -302,22 +293,75 @@ class ExpectedSpeedup(LengthController):
         known = self._table.known(request_ids)
         rows = self._table.rows([i for i, k in zip(request_ids, known, strict=True) if k])
         evidence = self._table.values
-        evidence[rows, : self._IDLE] *= self.options.discount
+        evidence[rows, : self._OWN] *= self._discount
         evidence[rows, self._ACCEPTED] += accepted[known]
         evidence[rows, self._REJECTED] += rejected[known]
 
     def observe_step_time(self, num_tokens: int, seconds: float) -> None:
-        if self.options.cost_ratio is None and num_tokens <= self._largest_step:
+        if self._given_cost is None and num_tokens <= self._largest_step:
             self._cost.observe(num_tokens, seconds)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         self._table.forget(request_ids)
 
 
+class ExpectedSpeedupOptions(SpeedupOptions):
+    probe_every: int = Field(
+        16,
+        ge=1,
+        description="where drafting does not pay, one token is drafted every so many steps",
+    )
+
+
+class ExpectedSpeedup(SpeedupController):
+    """The length k with the largest expected speed-up over not drafting.
+
+    With a the chance that a draft token is accepted and c the cost of one more of them, a
+    draft of k tokens yields (1 - a^(k+1)) / (1 - a) tokens for k c + 1 plain steps (Leviathan
+    et al. 2211.17192).
+
+    It depends on past verdicts only, and the same history gives the same lengths.
+    """
+
+    Options = ExpectedSpeedupOptions
+    options: ExpectedSpeedupOptions
+    name = "expected_speedup"
+
+    _IDLE = SpeedupController._OWN
+
+    def __init__(self, options: ExpectedSpeedupOptions, context: EngineContext) -> None:
+        super().__init__(options, context, columns=[0.0])
+
+    def acceptance(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
+        """`[R]` estimated chance that a draft token of each request is accepted."""
+        accepted, rejected = self._evidence(self._table.rows(request_ids))
+        return accepted / (accepted + rejected)
+
+    def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
+        self._steps += 1
+        request_ids = requests.request_ids
+        rows = self._table.rows(request_ids)
+        cost = self.cost_ratio(len(rows))
+        if cost is None:
+            return np.full(len(rows), self._length_to_measure(), dtype=np.int64)
+        lengths = best_lengths(self.acceptance(request_ids), cost, self._most)
+        idle = np.where(lengths == 0, self._table.values[rows, self._IDLE] + 1, 0)
+        probe = idle >= self.options.probe_every
+        self._table.values[rows, self._IDLE] = np.where(probe, 0, idle)
+        return np.where(probe, 1, lengths)
+
+
 def best_lengths(
     acceptance: NDArray[np.float64], cost_ratio: float, most: int
 ) -> NDArray[np.int64]:
-    """`[R]` the k in 0..most that maximises (1 - a^(k+1)) / ((1 - a)(k c + 1)), least on ties.
+    """`[R]` the k in 0..most of the largest expected speed-up, least on ties."""
+    return expected_speedups(acceptance, cost_ratio, most).argmax(axis=1)
+
+
+def expected_speedups(
+    acceptance: NDArray[np.float64], cost_ratio: float, most: int
+) -> NDArray[np.float64]:
+    """`[R, K+1]` (1 - a^(k+1)) / ((1 - a)(k c + 1)) for k = 0..K: tokens per plain step's time.
 
     Args:
         acceptance: `[R]` a, in [0, 1].
@@ -327,4 +371,4 @@ def best_lengths(
     k = np.arange(most + 1)
     # The geometric sum term by term: right at a = 1, too.
     expected_tokens = np.cumsum(acceptance[:, None] ** k, axis=1)
-    return (expected_tokens / (k * cost_ratio + 1)).argmax(axis=1)
+    return expected_tokens / (k * cost_ratio + 1)
