@@ -67,7 +67,11 @@ class ExitAdapter:
         Returns:
             `[T, H]` what the target's head reads instead of its final norm's output.
         """
-        x = hidden + self._all_reduce(F.linear(self._attend(hidden, positions), self._output))
+        mixed = F.linear(self._norm(hidden, self._attention_norm), self._query_key_value)
+        query, key, value = mixed.split(self._widths, dim=-1)
+        query, key = self._attention.rotate(positions, query, key)
+        attended = self._attention(query, key, value)
+        x = hidden + self._all_reduce(F.linear(attended, self._output))
         if self.card.ffn_size:
             gate, up = F.linear(self._norm(x, self._ffn_norm), self._gate_up).chunk(2, dim=-1)
             x = x + self._all_reduce(F.linear(F.silu(gate) * up, self._down))
@@ -75,14 +79,12 @@ class ExitAdapter:
 
     def write(self, hidden: Tensor, positions: Tensor) -> None:
         """Only write keys and values of T tokens, those of verified tokens; see `forward`."""
-        self._attend(hidden, positions)
-
-    def _attend(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """`[T, heads * D]`, of this rank's heads."""
-        mixed = F.linear(self._norm(hidden, self._attention_norm), self._query_key_value)
-        query, key, value = mixed.split(self._widths, dim=-1)
-        query, key = self._attention.rotate(positions, query, key)
-        return self._attention(query, key, value)
+        queries, *_ = self._widths
+        mixed = F.linear(self._norm(hidden, self._attention_norm), self._query_key_value[queries:])
+        key, value = mixed.split(self._widths[1:], dim=-1)
+        # The target's rotation takes both; nobody reads this query.
+        _, key = self._attention.rotate(positions, torch.zeros_like(key), key)
+        self._attention.write(key, value)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.card.norm_epsilon)

@@ -62,11 +62,15 @@ class Pages:
         query, key = (_rotate(x, positions, self.base).flatten(-2) for x in split)
         return query, key
 
+    def write(self, key: Tensor, value: Tensor) -> None:
+        assert key.shape[1] == value.shape[1] == self.num_kv_heads * self.head_dim
+        for position, k, v in zip(self.positions.tolist(), key, value, strict=True):
+            self.keys[position], self.values[position] = k, v
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows: list[Tensor] = []
         group = self.num_heads // self.num_kv_heads
-        for position, k, v in zip(self.positions.tolist(), key, value, strict=True):
-            self.keys[position], self.values[position] = k, v
+        self.write(key, value)
         for position, q in zip(self.positions.tolist(), query, strict=True):
             k, v = (
                 torch.stack([kept[i] for i in range(position + 1)])
