@@ -51,7 +51,7 @@ class ExitAdapter:
         shapes = {name: tuple(tensors[name].shape) for name in tensors if "probe" not in name}
         if shapes != card.tensor_shapes():
             raise SpecPluginsError(f"{path} is damaged: its tensors are not those of its card")
-        self._attention = target.attention(f"exit_adapter.{card.exit_layer}")
+        self._attention = target.attention("exit_adapter")
         self._all_reduce = target.all_reduce
         trained_for = Probes(tensors["probe.embedding"], tensors["probe.rotation"])
         self._recognise(path, target, trained_for)
