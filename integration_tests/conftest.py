@@ -85,6 +85,22 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exiting_model(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`random_model` whose later layers say less: leaving it early is often right, not always."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("exiting_model")
+    model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            for weights in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weights.mul_(0.4**index)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def model_without_weights(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of `random_model` alone: any attempt to load weights fails."""
     folder = tmp_path_factory.mktemp("model_without_weights")

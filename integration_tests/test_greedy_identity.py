@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 4,
 }
+EARLY_EXIT = {"method": "early_exit", "num_speculative_tokens": 4}
 DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 3}
 
 CONFIGURATIONS = {
@@ -46,6 +48,14 @@ CONFIGURATIONS = {
     "ngram of vLLM": {**NGRAM, **LOSSLESS},
     "draft_model of vLLM": {**DRAFT_MODEL, **LOSSLESS},
     "third party": {"method": "acme_sampled", "num_speculative_tokens": 4},
+    "early_exit": {**EARLY_EXIT, "exit_layer": 1},
+    "early_exit, exit chosen, del": {**EARLY_EXIT, "length_control": "del"},
+    "early_exit, exits per token": {**EARLY_EXIT, "exit_layers": [1, 2, 3], "exit_confidence": 0.4},
+    "early_exit, thompson": {
+        **EARLY_EXIT,
+        "exit_layer": 2,
+        "length_control": {"name": "thompson", "cost_ratio": 0.1},
+    },
 }
 
 
@@ -83,9 +93,15 @@ def plain_texts(
     serve_offline: Callable[..., Any],
     generate: Callable[..., list[list[int]]],
     many_prompts: list[dict[str, list[int]]],
-) -> list[list[int]]:
-    with serve_offline(**AT_LEISURE) as llm:
-        return generate(llm, many_prompts, max_tokens=MAX_TOKENS)
+) -> Callable[[Path], list[list[int]]]:
+    """`plain_texts(model)`: what plain decoding writes."""
+
+    @cache
+    def texts(model: Path) -> list[list[int]]:
+        with serve_offline(model=str(model), skip_tokenizer_init=True, **AT_LEISURE) as llm:
+            return generate(llm, many_prompts, max_tokens=MAX_TOKENS)
+
+    return texts
 
 
 @pytest.mark.usefixtures("acme_methods")
@@ -96,14 +112,18 @@ def test_greedy_text_is_plain_decodings(
     generate: Callable[..., list[list[int]]],
     watch: Callable[..., Any],
     drafted_by: Callable[..., Any],
+    random_model: Path,
+    exiting_model: Path,
     draft_model: Path,
     many_prompts: list[dict[str, list[int]]],
-    plain_texts: list[list[int]],
+    plain_texts: Callable[[Path], list[list[int]]],
 ) -> None:
     config = dict(CONFIGURATIONS[name])
+    model = exiting_model if config["method"] == "early_exit" else random_model
+    wanted = plain_texts(model)
     if config["method"] == "draft_model":
         config["model"] = str(draft_model)
-    with serve_offline(config, **TIGHT) as llm:
+    with serve_offline(config, model=str(model), skip_tokenizer_init=True, **TIGHT) as llm:
         watched = watch(llm)
         texts = generate(llm, many_prompts, max_tokens=MAX_TOKENS)
         [tally] = drafted_by(llm).values()
@@ -114,13 +134,14 @@ def test_greedy_text_is_plain_decodings(
     assert watched.chunked_prompts > 5
     assert tally["accepted"] > 50
     assert tally["drafted"] - tally["accepted"] > 200
-    assert_same_texts(texts, plain_texts, many_prompts, serve_offline)
+    assert_same_texts(texts, wanted, many_prompts, model, serve_offline)
 
 
 def assert_same_texts(
     texts: Sequence[list[int]],
     wanted: Sequence[list[int]],
     prompts: Sequence[dict[str, list[int]]],
+    model: Path,
     serve_offline: Callable[..., Any],
 ) -> None:
     """Equal, but for at most one text in 64 that took the other side of a near tie."""
@@ -131,17 +152,18 @@ def assert_same_texts(
         same = next(n for n, (a, b) in enumerate(zip(texts[i], wanted[i], strict=True)) if a != b)
         pair = texts[i][same], wanted[i][same]
         context = prompts[i]["prompt_token_ids"] + wanted[i][:same]
-        gap = logprob_gap(context, pair, serve_offline)
+        gap = logprob_gap(context, pair, model, serve_offline)
         assert gap < NEAR_TIE, f"text {i} has {pair[0]} for {pair[1]}, {gap:.4f} less likely"
 
 
 def logprob_gap(
-    context: list[int], pair: tuple[int, int], serve_offline: Callable[..., Any]
+    context: list[int], pair: tuple[int, int], model: Path, serve_offline: Callable[..., Any]
 ) -> float:
     """How much more likely plain decoding finds the second token than the first."""
     from vllm import SamplingParams
 
-    with serve_offline(**AT_LEISURE, max_logprobs=-1) as llm:
+    leisure = {"model": str(model), "skip_tokenizer_init": True, **AT_LEISURE}
+    with serve_offline(**leisure, max_logprobs=-1) as llm:
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
         [output] = llm.generate([{"prompt_token_ids": context}], params, use_tqdm=False)
         logprobs = output.outputs[0].logprobs[0]

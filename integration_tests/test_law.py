@@ -60,6 +60,14 @@ DRAFT_MODEL = {
     "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
     "draft_sample_method": "probabilistic",
 }
+EARLY_EXIT = {
+    "method": "early_exit",
+    "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+    "exit_layer": 2,
+}
+#: Replaced by a file of 10 of the 16 tokens.
+RANKED = {"file": "RANKED", "size": 10}
+CONFIDENCE = {"name": "confidence", "threshold": 0.5}
 THIRD_PARTY = {"method": "acme_sampled", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
 BLOCK = {"name": "lossless", "rule": "block"}
 
@@ -68,11 +76,41 @@ CONFIGURATIONS = {
     "ngram_adaptive, block": {**NGRAM_ADAPTIVE, "verifier": BLOCK},
     "draft_model of vLLM, block": {**DRAFT_MODEL, "verifier": BLOCK},
     "third party, compact, block": {**THIRD_PARTY, "vocabulary": "compact", "verifier": BLOCK},
+    "early_exit, token": EARLY_EXIT,
+    "early_exit, ranked and dynamic, block": {
+        **EARLY_EXIT,
+        "draft_vocabulary": {**RANKED, "dynamic_tokens": 2},
+        "verifier": BLOCK,
+    },
+    "early_exit, confidence, block": {
+        **EARLY_EXIT,
+        "length_control": CONFIDENCE,
+        "verifier": BLOCK,
+    },
+    "early_exit, thompson": {
+        **EARLY_EXIT,
+        "length_control": {"name": "thompson", "cost_ratio": 0.1},
+    },
+    "early_exit, del": {**EARLY_EXIT, "exit_layer": "auto", "length_control": "del"},
+    "early_exit, exits per token": {
+        "method": "early_exit",
+        "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+        "exit_layers": [1, 2, 3],
+        "exit_confidence": 0.5,
+    },
 }
 MORE_CONFIGURATIONS = {
     "ngram of vLLM": {**NGRAM, "verifier": "lossless"},
     "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
     "third party": THIRD_PARTY,
+    "early_exit, block": {**EARLY_EXIT, "verifier": BLOCK},
+    "early_exit, without its law": {**EARLY_EXIT, "draft_sample_method": "greedy"},
+    "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": RANKED},
+    "early_exit, expected_speedup": {
+        **EARLY_EXIT,
+        "length_control": {"name": "expected_speedup", "cost_ratio": 0.1},
+    },
+    "early_exit, skips": {**EARLY_EXIT, "exit_layer": 4, "skip_attention": [1], "skip_ffn": [2]},
 }
 
 
@@ -101,7 +139,7 @@ def narrow_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
@@ -125,8 +163,26 @@ def narrow_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
+def ranked_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft vocabulary that ranks 12 of the 16 tokens."""
+    import numpy as np
+
+    from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
+
+    counts = np.array([9, 9, 9, 9, 9, 0, 9, 0, 9, 9, 0, 9, 0, 9, 9, 9])
+    always = np.array([2])
+    lists = (rank("all", counts, always, 10),)
+    path = tmp_path_factory.mktemp("ranked") / "ranked.safetensors"
+    RankedVocabulary(VOCABULARY, always, lists, "", "a test").write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def serve_narrow(
-    serve_offline: Callable[..., Any], narrow_models: tuple[Path, Path], acme_methods: None
+    serve_offline: Callable[..., Any],
+    narrow_models: tuple[Path, Path],
+    ranked_file: Path,
+    acme_methods: None,
 ) -> Callable[..., Any]:
     """`serve_offline` for the target of 16 tokens and large batches."""
     del acme_methods  # must be installed
@@ -134,8 +190,12 @@ def serve_narrow(
     @contextmanager
     def serve(speculative_config: Any = None, **engine_args: Any) -> Iterator[Any]:
         target, draft = narrow_models
+        speculative_config = dict(speculative_config) if speculative_config else None
         if speculative_config is not None and speculative_config["method"] == "draft_model":
-            speculative_config = {**speculative_config, "model": str(draft)}
+            speculative_config["model"] = str(draft)
+        if speculative_config is not None and "draft_vocabulary" in speculative_config:
+            options = speculative_config["draft_vocabulary"]
+            speculative_config["draft_vocabulary"] = {**options, "file": str(ranked_file)}
         with serve_offline(
             speculative_config,
             model=str(target),
@@ -280,6 +340,30 @@ def test_a_wrong_draft_law_is_noticed(
     """Negative control: a proposer that draws from one law and reports another."""
     config = {"method": "acme_wrong_law", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
     with serve_narrow(config) as llm:
+        found = sampled_batch(llm, generate, plain, of_each=1600)
+    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
+
+
+def test_a_dropped_unlikely_token_is_noticed(
+    serve_narrow: Any, plain: PlainDecoding, generate: Any, adapter_of: Any
+) -> None:
+    """Negative control: a draft that loses the token whose own probability fell too low.
+
+    Kept, as `confidence` does, the same token changes nothing.
+    """
+    from vllm_spec_plugins.proposer import Draft
+
+    with serve_narrow({**EARLY_EXIT, "length_control": CONFIDENCE}) as llm:
+        proposer = adapter_of(llm).proposer
+        propose = proposer.propose
+
+        def dropping(batch: Any) -> Draft:
+            draft = propose(batch)
+            q = draft.probabilities.of(draft.token_ids)
+            unlikely = (q < CONFIDENCE["threshold"]) & (draft.token_ids >= 0)
+            return Draft(draft.token_ids.masked_fill(unlikely, -1), draft.probabilities)
+
+        proposer.propose = dropping
         found = sampled_batch(llm, generate, plain, of_each=1600)
     assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
 
