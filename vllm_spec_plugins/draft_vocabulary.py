@@ -118,7 +118,7 @@ class RankedVocabulary:
 
     def write(self, path: Path) -> None:
         """Write the file; it appears complete or not at all."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         tensors = {"always": self.always}
         for ranked in self.lists:
@@ -140,10 +140,9 @@ class RankedVocabulary:
             "lists": json.dumps(facts),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = save({name: np.ascontiguousarray(t) for name, t in tensors.items()}, metadata)
         neighbour = path.with_name(path.name + ".new")
-        save_file(
-            {name: np.ascontiguousarray(t) for name, t in tensors.items()}, neighbour, metadata
-        )
+        neighbour.write_bytes(content)
         neighbour.replace(path)
 
     @classmethod

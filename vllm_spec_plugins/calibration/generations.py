@@ -51,7 +51,8 @@ class Engine:
             vLLM would otherwise round.
         threads: CPU threads; None leaves it to the environment (`OMP_NUM_THREADS`).
         tensor_parallel_size: Ranks.
-        options: Further arguments of `vllm.LLM`.
+        options: Further arguments of `vllm.LLM`. On a CPU nothing is compiled unless they say
+            so: it takes longer than it saves.
     """
 
     dtype: str = "auto"
@@ -139,8 +140,10 @@ def _running(
     """An engine; yields what completes the prompts of these numbers."""
     for name, value in _environment(engine).items():
         os.environ.setdefault(name, value)
+    import torch
     from vllm import LLM, SamplingParams
 
+    options = {"enforce_eager": not torch.cuda.is_available(), **(engine.options or {})}
     longest = max(map(len, prompts)) + sampling.max_tokens
     llm = LLM(
         str(model),
@@ -148,7 +151,7 @@ def _running(
         max_model_len=longest,
         tensor_parallel_size=engine.tensor_parallel_size,
         seed=seed,
-        **(engine.options or {}),
+        **options,
     )
 
     def complete(numbers: list[int]) -> list[list[int]]:

@@ -181,14 +181,19 @@ class TextTokenizer:
             self._fast.no_truncation()
             self._fast.no_padding()
             return
+        if not (folder / "tokenizer_config.json").is_file():
+            raise SpecPluginsError(
+                f"{folder} has neither a tokenizer.json nor a tokenizer_config.json: put the "
+                "model's tokenizer files there."
+            )
         try:
             from transformers import AutoTokenizer
 
             self._slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (ImportError, OSError, ValueError, KeyError) as error:
             raise SpecPluginsError(
-                f"{folder} has no tokenizer.json, nor a tokenizer that transformers can load "
-                f"({type(error).__name__}: {error}). Put the model's tokenizer files there."
+                f"transformers cannot load the tokenizer in {folder} ({type(error).__name__}: "
+                f"{error}), and there is no tokenizer.json."
             ) from None
 
     def encode(

@@ -5,6 +5,7 @@ Each subcommand lives in a file of its own, imported when called.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +39,15 @@ def main() -> None:
 
 @contextmanager
 def errors_in_words() -> Iterator[None]:
-    """What the user got wrong is one message and exit code 1; Ctrl-C is 130."""
+    """What the user got wrong is one message and exit code 1; Ctrl-C and SIGTERM are 130.
+
+    Both unwind the stack: vLLM's processes are stopped on the way.
+    """
     from rich.console import Console
 
     from vllm_spec_plugins.errors import SpecPluginsError
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except SpecPluginsError as error:
@@ -53,6 +58,8 @@ def errors_in_words() -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from here")
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -183,4 +190,88 @@ def vocab(
                 dynamic_tokens,
                 draft_share,
             )
+        )
+
+
+@app.command(name="exit")
+def exit_layer(
+    model: Model,
+    texts: Annotated[
+        list[str],
+        typer.Option(
+            "--texts",
+            "--prompts",
+            help="Where prompts are taken from: a file, a folder, a .jsonl of texts or prompts, "
+            "zoo:held-out. May be given several times.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Config file; rows, picture and kept work are put beside it.")
+    ] = Path("exit.json"),
+    temperature: Annotated[
+        str, typer.Option(help="Of the target's text and its requests: 0, 1 or both.")
+    ] = "both",
+    layers: Annotated[
+        str, typer.Option(help="Exits to measure, such as 2,4,6; by default after every layer.")
+    ] = "",
+    max_draft: Annotated[
+        int, typer.Option(min=1, max=64, help="Longest draft to consider, in tokens.")
+    ] = 8,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Requests in a step; several allowed, recommended for the first. Default 1."
+        ),
+    ] = None,
+    draft_vocabulary: Annotated[
+        Path | None, typer.Option(help="Draft from a file of `calibrate vocab`.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Also measure an adapter of `calibrate adapter`.")
+    ] = None,
+    search_skips: Annotated[
+        bool, typer.Option("--search-skips", help="Look for sublayers that a draft can leave out.")
+    ] = False,
+    evaluations: Annotated[int, typer.Option(min=1, help="Sets that each search may try.")] = 150,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Prompts to take.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a prompt, at most.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens the target writes to each.")] = 128,
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="Take times from the .rows.json of a run on the machine that serves."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the model: auto (as saved), float32 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda.")] = "cpu",
+    eager: Annotated[bool, typer.Option("--eager", help="As vLLM's --enforce-eager.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and texts.")] = 0,
+) -> None:
+    """Which exit and draft length early_exit should use, or that it should not be used.
+
+    Measures acceptance on text the model writes itself and times vLLM on this machine.
+    """
+    from . import calibrate_exit
+
+    with errors_in_words():
+        calibrate_exit.run(
+            model,
+            texts,
+            output,
+            temperature=temperature,
+            layers=layers,
+            dtype=dtype,
+            num_prompts=num_prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            most=max_draft,
+            batches=tuple(batch or [1]),
+            draft_vocabulary=draft_vocabulary,
+            adapter=adapter,
+            search_skips=search_skips,
+            evaluations=evaluations,
+            device=device,
+            eager=eager,
+            costs=costs,
+            seed=seed,
         )
