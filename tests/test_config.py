@@ -9,12 +9,15 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 from pydantic import Field
 
 from vllm_spec_plugins import Draft, DraftInput, ModelFacts, Proposer, ProposerOptions
 from vllm_spec_plugins.config import Choice, EngineVocabulary, PluginSettings, concerns_us, split
-from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
+from vllm_spec_plugins.draft_vocabulary import DraftVocabularyOptions, RankedVocabulary, rank
+from vllm_spec_plugins.engine_proposer import EngineProposer
+from vllm_spec_plugins.errors import ConfigError, PluginError, SpecPluginsError
 from vllm_spec_plugins.registry import Kind, Registry, installed
 
 ENGINE = EngineVocabulary(
@@ -30,6 +33,7 @@ ENGINE = EngineVocabulary(
             "target_model_config",
         }
     ),
+    methods_with_head=frozenset({"eagle3", "draft_model", "deepseek_mtp"}),
 )
 
 
@@ -59,6 +63,21 @@ class Exit(Proposer):
         raise NotImplementedError
 
 
+class LentOptions(ProposerOptions):
+    """Options of a proposer that lets vLLM draft."""
+
+    strength: int = Field(1, ge=1, description="Ours.")
+
+
+class Lent(EngineProposer):
+    Options = LentOptions
+    engine_method = "draft_model"
+
+
+class Orphan(EngineProposer):
+    engine_method = "beam"
+
+
 REGISTRY = Registry(
     [
         *(
@@ -71,6 +90,8 @@ REGISTRY = Registry(
             for point in [EntryPoint(name, installed().get(kind, name).value, kind.value)]
         ),
         EntryPoint("exit", f"{__name__}:Exit", Kind.PROPOSER.value),
+        EntryPoint("lent", f"{__name__}:Lent", Kind.PROPOSER.value),
+        EntryPoint("orphan", f"{__name__}:Orphan", Kind.PROPOSER.value),
     ]
 )
 
@@ -129,6 +150,65 @@ def test_vllm_infers_the_method_of_a_draft_model() -> None:
     assert settings.proposer is None
 
 
+@pytest.fixture
+def ranked_file(tmp_path: Path) -> str:
+    """A draft vocabulary for the model of `facts_for`, recommended size 300."""
+    counts = np.arange(512, 0, -1)
+    always = np.array([1, 2])
+    path = tmp_path / "vocab.safetensors"
+    RankedVocabulary(512, always, (rank("all", counts, always, 300),), "", "a test").write(path)
+    return str(path)
+
+
+def test_a_draft_vocabulary_beside_vllms_method(ranked_file: str) -> None:
+    raw = {"method": "draft_model", "model": "draft", "num_speculative_tokens": 4}
+    rest, settings = take(**raw, draft_vocabulary=ranked_file)
+    assert rest == raw
+    assert settings.proposer is None
+    assert settings.draft_vocabulary == DraftVocabularyOptions(file=ranked_file)  # pyright: ignore[reportCallIssue]
+    # vLLM's own verification wants laws over the whole vocabulary.
+    assert settings.verifier == Choice(name="lossless")
+    arrived = PluginSettings.model_validate_json(settings.model_dump_json())
+    assert arrived == settings
+
+    rest, settings = take(
+        **raw,
+        draft_vocabulary={"file": ranked_file, "size": 400, "dynamic_tokens": 8},
+        verifier={"name": "lossless", "rule": "block"},
+    )
+    assert settings.draft_vocabulary is not None
+    assert settings.draft_vocabulary.size == 400
+    assert settings.draft_vocabulary.dynamic_tokens == 8
+    assert settings.verifier == Choice(name="lossless", options={"rule": "block"})
+
+
+def test_a_draft_vocabulary_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SpecPluginsError, match="there is no file"):
+        take(
+            method="draft_model",
+            model="draft",
+            num_speculative_tokens=4,
+            draft_vocabulary=str(tmp_path / "nothing"),
+        )
+
+
+def test_a_proposer_that_lets_vllm_draft() -> None:
+    rest, settings = take(method="lent", model="draft", num_speculative_tokens=4, strength=2)
+    assert rest == {"method": "draft_model", "model": "draft", "num_speculative_tokens": 4}
+    assert settings.proposer == Choice(name="lent", options={"strength": 2})
+    assert settings.verifier == Choice(name="lossless")
+    assert concerns_us({"method": "lent", "model": "draft"}, ENGINE, REGISTRY)
+
+
+def test_a_proposer_for_a_method_that_vllm_does_not_have() -> None:
+    with pytest.raises(PluginError) as caught:
+        take(method="orphan", num_speculative_tokens=4)
+    assert str(caught.value) == (
+        'The proposer "orphan" lets vLLM\'s method "beam" draft, which the installed vLLM does '
+        "not have. It has: draft_model, eagle3, ngram."
+    )
+
+
 @pytest.mark.parametrize(
     ("raw", "ours"),
     [
@@ -140,6 +220,7 @@ def test_vllm_infers_the_method_of_a_draft_model() -> None:
         ({"method": "nobody"}, True),
         ({"method": "ngram", "verifier": "lossless"}, True),
         ({"method": "ngram", "verifer": "lossless"}, True),
+        ({"method": "draft_model", "draft_vocabulary": "file"}, True),
     ],
 )
 def test_what_concerns_us(raw: dict[str, Any], ours: bool) -> None:
@@ -148,6 +229,8 @@ def test_what_concerns_us(raw: dict[str, Any], ours: bool) -> None:
 
 OURS = {"method": "exit", "num_speculative_tokens": 3, "exit_layer": 2}
 VLLMS = {"method": "ngram", "num_speculative_tokens": 4}
+WITH_HEAD = {"method": "draft_model", "model": "draft", "num_speculative_tokens": 4}
+LENT = {"method": "lent", "model": "draft", "num_speculative_tokens": 4}
 
 
 def refusal(raw: dict[str, Any]) -> str:
@@ -161,14 +244,14 @@ def refusal(raw: dict[str, Any]) -> str:
     [
         pytest.param(
             {"method": "exti", "num_speculative_tokens": 3},
-            'Unknown speculative method "exti". Did you mean "exit"? From plugins: exit. '
-            "vLLM's own: draft_model, eagle3, ngram.",
+            'Unknown speculative method "exti". Did you mean "exit"? From plugins: exit, lent, '
+            "orphan. vLLM's own: draft_model, eagle3, ngram.",
             id="method of nobody",
         ),
         pytest.param(
             {"verifier": "lossless", "num_speculative_tokens": 3},
-            '"method" must be given beside "verifier" and "length_control". Ours: exit. '
-            "vLLM's own: draft_model, eagle3, ngram.",
+            '"method" must be given beside "verifier" and "length_control". Ours: exit, lent, '
+            "orphan. vLLM's own: draft_model, eagle3, ngram.",
             id="no method",
         ),
         pytest.param(
@@ -259,7 +342,8 @@ def refusal(raw: dict[str, Any]) -> str:
         pytest.param(
             {**VLLMS, "length_control": "fixed"},
             '"length_control" works with proposers from plugins; "ngram" is vLLM\'s own and '
-            "drafts num_speculative_tokens every time. Remove it, or choose a method from: exit.",
+            "drafts num_speculative_tokens every time. Remove it, or choose a method from: exit, "
+            "lent, orphan.",
             id="length control beside vLLM's method",
         ),
         pytest.param(
@@ -274,6 +358,68 @@ def refusal(raw: dict[str, Any]) -> str:
             'Unknown option "verifer" beside vLLM\'s method "ngram". Did you mean "verifier"? '
             "It takes vLLM's own options, and from plugins: verifier, verifiers_allowed.",
             id="misspelt key beside vLLM's method",
+        ),
+        pytest.param(
+            {**VLLMS, "draft_vocabulary": "file"},
+            '"draft_vocabulary" cuts down the output head a draft token is chosen from, and '
+            'vLLM\'s "ngram" has none that can be cut. Remove it, or choose a method from: '
+            "draft_model, eagle3.",
+            id="draft vocabulary without a head",
+        ),
+        pytest.param(
+            {"model": "draft", "num_speculative_tokens": 4, "draft_vocabulary": "file"},
+            '"draft_vocabulary" needs "method" beside it: one of draft_model, eagle3, for example '
+            '"method": "draft_model".',
+            id="draft vocabulary without a method",
+        ),
+        pytest.param(
+            {**WITH_HEAD, "draft_vocabulary": 3},
+            '"draft_vocabulary" takes a file name or an object with dynamic_tokens, file, size, '
+            "got 3.",
+            id="draft vocabulary of another type",
+        ),
+        pytest.param(
+            {**WITH_HEAD, "draft_vocabulary": {"file": "f", "sise": 3}},
+            '"draft_vocabulary": unknown option "sise". Did you mean "size"? Allowed: '
+            "dynamic_tokens, file, size.",
+            id="misspelt option of a draft vocabulary",
+        ),
+        pytest.param(
+            {**WITH_HEAD, "draft_vocabulary": {"size": 3}},
+            '"draft_vocabulary": "file" is missing.',
+            id="draft vocabulary without a file",
+        ),
+        pytest.param(
+            {**WITH_HEAD, "draft_vocab": "file"},
+            'Unknown option "draft_vocab" beside vLLM\'s method "draft_model". Did you mean '
+            '"draft_vocabulary"? It takes vLLM\'s own options, and from plugins: '
+            "draft_vocabulary, verifier, verifiers_allowed.",
+            id="misspelt draft vocabulary",
+        ),
+        pytest.param(
+            {**LENT, "length_control": "fixed"},
+            '"length_control" works with proposers that draft themselves; "lent" lets vLLM\'s '
+            '"draft_model" draft num_speculative_tokens every time. Remove it.',
+            id="length control where vLLM drafts",
+        ),
+        pytest.param(
+            {**LENT, "strenght": 2},
+            'Unknown option "strenght" of "lent". Did you mean "strength"? It takes strength, the '
+            'options of vLLM\'s "draft_model", and verifier, verifiers_allowed.',
+            id="misspelt option where vLLM drafts",
+        ),
+        pytest.param(
+            {**LENT, "rejection_sample_method": "block"},
+            '"rejection_sample_method": "block" is vLLM\'s own verification and would be ignored '
+            'beside "verifier": "lossless". Remove one of them (block verification is '
+            '{"name": "lossless", "rule": "block"}).',
+            id="vLLM's verification where vLLM drafts",
+        ),
+        pytest.param(
+            {"method": "lent", "model": "draft"},
+            '"num_speculative_tokens" is missing: "lent" needs the most tokens it may draft per '
+            'step, for example {"method": "lent", "num_speculative_tokens": 5}.',
+            id="no number of tokens where vLLM drafts",
         ),
         pytest.param(
             {**OURS, "weights": object},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_spec_plugins import Draft, DraftInput, Proposer, Verifier, VerifierOptions, VerifyInput
+from vllm_spec_plugins.engine_proposer import EngineProposer
 from vllm_spec_plugins.errors import ConfigError, PluginError
 from vllm_spec_plugins.registry import VLLM_METHODS, Kind, Registry, contract_problem
 
@@ -25,6 +26,10 @@ class Abstract(Proposer):
 
 class OfVerifierOptions(Good):
     Options = VerifierOptions  # type: ignore[assignment]
+
+
+class Nameless(EngineProposer):
+    pass
 
 
 class NoGuarantee(Verifier):
@@ -128,6 +133,11 @@ def test_one_name_for_two_kinds_is_no_clash() -> None:
             f"importing {__name__}:NoSuchClass failed: AttributeError",
         ),
         (Kind.PROPOSER, "Abstract", "Abstract does not define propose"),
+        (
+            Kind.PROPOSER,
+            "Nameless",
+            "Nameless.engine_method is not the name of a method of vLLM's",
+        ),
         (Kind.PROPOSER, "NoGuarantee", "is not a subclass of vllm_spec_plugins.proposer.Proposer"),
         (Kind.PROPOSER, "point", "is not a subclass of vllm_spec_plugins.proposer.Proposer"),
         (

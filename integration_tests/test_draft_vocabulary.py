@@ -1,0 +1,647 @@
+"""A ranked draft vocabulary beside vLLM's own model drafters, on the real engine.
+
+Draft tokens come from some of the tokens only; the text must not show it. Models of 16 tokens,
+of which 9 are drafted from, are held to the target's exact law, token by token outside included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
+from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
+from vllm_spec_plugins.testing.chi_square import GoodnessOfFit, compare, failures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = pytest.mark.engine
+
+FALSE_ALARM = 1e-6
+#: Token ids of `random_model`.
+WIDE = 512
+#: Token ids of the models held to their exact law, and those drafted from.
+NARROW = 16
+DRAFTED = [0, 1, 2, 3, 4, 6, 8, 9, 11]
+OFF_VOCABULARY = sorted(set(range(NARROW)) - set(DRAFTED))
+#: One token of plain decoding, then a full draft and its bonus token.
+NUM_SPECULATIVE_TOKENS = 3
+LENGTH = 5
+PROMPT = [1, 3, 3, 11, 9, 12, 8, 6, 15, 8, 6, 11, 0, 5, 6, 15, 7, 8, 11, 1, 2, 13, 4, 15, 9, 9]
+
+
+def write_ranked(path: Path, vocab_size: int, lists: dict[str, Sequence[int]]) -> str:
+    """A file of ranked lists, each token of which was counted; token 2 is always in."""
+    import numpy as np
+
+    always = np.array([2])
+    ranked = []
+    for name, token_ids in lists.items():
+        counts = np.bincount(np.asarray(token_ids), minlength=vocab_size) * 10
+        ranked.append(rank(name, counts, always, len(token_ids)))
+    RankedVocabulary(vocab_size, always, tuple(ranked), "", "a test").write(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def nearly_all(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """All tokens of `random_model` but the last."""
+    path = tmp_path_factory.mktemp("ranked") / "nearly_all.safetensors"
+    return write_ranked(path, WIDE, {"all": range(WIDE - 1)})
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A third of the tokens of `random_model`."""
+    path = tmp_path_factory.mktemp("ranked") / "some.safetensors"
+    return write_ranked(path, WIDE, {"some": range(2, WIDE, 3)})
+
+
+@pytest.fixture(scope="module")
+def own_draft(random_model: Path) -> dict[str, Any]:
+    """`random_model` drafts for itself."""
+    return {
+        "method": "draft_model",
+        "model": str(random_model),
+        "num_speculative_tokens": 4,
+        "draft_sample_method": "probabilistic",
+    }
+
+
+# Greedy text, acceptance, requests' own choices.
+
+
+@pytest.fixture(scope="module")
+def plain_text(serve_offline: Any, generate: Any, prompts: Any) -> list[list[int]]:
+    with serve_offline() as llm:
+        return generate(llm, prompts)
+
+
+def accepted_share(tally: dict[str, Any]) -> float:
+    return tally["accepted"] / tally["drafted"]
+
+
+@pytest.mark.parametrize("method", ["draft_model", "frequency_vocab"])
+def test_greedy_text_and_acceptance(
+    method: str,
+    own_draft: dict[str, Any],
+    nearly_all: str,
+    some: str,
+    plain_text: list[list[int]],
+    serve_offline: Any,
+    generate: Any,
+    prompts: Any,
+    drafted_by: Any,
+) -> None:
+    accepted = {}
+    vocabularies: dict[str, Any] = {
+        "nearly all": nearly_all,
+        "some": some,
+        "some and dynamic": {"file": some, "dynamic_tokens": 32},
+    }
+    for name, vocabulary in vocabularies.items():
+        config = {**own_draft, "method": method, "draft_vocabulary": vocabulary}
+        with serve_offline(config) as llm:
+            assert generate(llm, prompts) == plain_text
+            [((proposer, verifier), tally)] = drafted_by(llm).items()
+        assert (proposer, verifier) == (method, "lossless")
+        accepted[name] = accepted_share(tally)
+    assert not any(WIDE - 1 in text for text in plain_text)
+    # Its own draft: only what is not in the vocabulary is ever rejected.
+    assert accepted["nearly all"] == 1
+    assert accepted["some"] < 0.7
+    assert accepted["some"] < accepted["some and dynamic"] < 1
+
+
+def test_drawn_drafts_are_accepted_as_their_law_says(
+    own_draft: dict[str, Any],
+    nearly_all: str,
+    serve_offline: Any,
+    generate: Any,
+    prompts: Any,
+    drafted_by: Any,
+) -> None:
+    """Drawn from nearly the target's law, nearly all are accepted; chosen ones are not."""
+    accepted = {}
+    for sample_method in ("probabilistic", "greedy"):
+        config = {
+            **own_draft,
+            "draft_sample_method": sample_method,
+            "draft_vocabulary": nearly_all,
+        }
+        with serve_offline(config) as llm:
+            generate(llm, prompts, temperature=1.0)
+            [tally] = drafted_by(llm).values()
+        accepted[sample_method] = accepted_share(tally)
+    assert accepted["probabilistic"] > 0.95
+    assert accepted["greedy"] < 0.9
+
+
+def test_only_compact_logits_are_computed(
+    own_draft: dict[str, Any],
+    some: str,
+    serve_offline: Any,
+    generate: Any,
+    prompts: Any,
+    adapter_of: Any,
+) -> None:
+    """The drafter's own head is never run, and the law kept is as wide as the vocabulary."""
+    with serve_offline({**own_draft, "draft_vocabulary": some}) as llm:
+        runner = adapter_of(llm).runner
+
+        def not_whole(hidden: Any) -> Any:
+            del hidden
+            raise AssertionError("the whole head was run")
+
+        runner.drafter.model.compute_logits = not_whole
+        widths = set()
+        law = adapter_of(llm)._ranked.law
+
+        def watched(by_vllm: Any, *args: Any) -> Any:
+            if by_vllm is not None:
+                widths.add(by_vllm.shape[1])
+            return law(by_vllm, *args)
+
+        adapter_of(llm)._ranked.law = watched
+        generate(llm, prompts, temperature=1.0)
+    assert widths == {len(range(2, WIDE, 3))}
+
+
+def test_seeds_are_reproducible_alone_and_among_others(
+    own_draft: dict[str, Any], some: str, serve_offline: Any, generate: Any, prompts: Any
+) -> None:
+    config = {**own_draft, "draft_vocabulary": {"file": some, "dynamic_tokens": 8}}
+    seeds = [{"seed": 100 + i, "temperature": 0.3 + 0.1 * i} for i in range(len(prompts))]
+    with serve_offline(config) as llm:
+        together = generate(llm, prompts, each=seeds)
+        backwards = generate(llm, prompts[::-1], each=seeds[::-1])[::-1]
+        alone = [
+            generate(llm, [prompt], each=[seed])[0]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    assert together == backwards == alone
+    assert len({tuple(text) for text in together}) == len(prompts)
+
+
+def test_options_of_one_request(
+    own_draft: dict[str, Any],
+    some: str,
+    plain_text: list[list[int]],
+    serve_offline: Any,
+    generate: Any,
+    prompts: Any,
+    adapter_of: Any,
+) -> None:
+    options = [
+        {"enabled": False},
+        {"num_speculative_tokens": 1},
+        {"num_speculative_tokens": 0},
+        {"verifier": "lossless"},
+    ] * 2
+    with serve_offline({**own_draft, "draft_vocabulary": some}) as llm:
+        adapter, lengths = adapter_of(llm), {}
+        propose = adapter._limit_vllm_drafts
+
+        def watched(drafts: Any) -> Any:
+            limited = propose(drafts)
+            for name, draft in zip(adapter.runner.input_batch.req_ids, limited, strict=True):
+                lengths.setdefault(adapter.requests[name].draft_limit, set()).add(len(draft))
+            return limited
+
+        adapter._limit_vllm_drafts = watched
+        each = [{"extra_args": {"spec_decode": chosen}} for chosen in options]
+        assert generate(llm, prompts, each=each) == plain_text
+        # Drawn drafts of requests with limits of their own, near the model's length.
+        long = generate(
+            llm, prompts, max_tokens=250, temperature=1.0, each=[{**e, "seed": 1} for e in each]
+        )
+    assert lengths == {0: {0}, 1: {1}, 4: {4}}
+    assert {len(text) for text in long} <= set(range(230, 251))
+
+
+# The law of the text.
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Folders of a target of 16 tokens, a draft model, and drafting vocabularies."""
+
+    target: Path
+    draft: Path
+    ranked: str
+    two_lists: str
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Narrow:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=NARROW,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("narrow")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        matrices = [weights for weights in model.parameters() if weights.ndim == 2]
+        for weights in matrices:
+            weights.mul_(6)
+        model.lm_head.weight.mul_(2)
+        model.save_pretrained(folder / "target")
+        for weights in matrices:
+            weights.add_(torch.randn_like(weights) * weights.std() * 0.15)
+        model.save_pretrained(folder / "draft")
+    ranked = write_ranked(folder / "one.safetensors", NARROW, {"all": DRAFTED})
+    lists = {"even": range(0, NARROW, 2), "odd": [2, *range(1, NARROW, 2)]}
+    two = write_ranked(folder / "two.safetensors", NARROW, lists)
+    return Narrow(folder / "target", folder / "draft", ranked, two)
+
+
+@pytest.fixture(scope="module")
+def serve_narrow(serve_offline: Callable[..., Any], narrow: Narrow) -> Callable[..., Any]:
+    @contextmanager
+    def serve(speculative_config: Any = None, **engine_args: Any) -> Iterator[Any]:
+        if speculative_config is not None:
+            files = {"RANKED": narrow.ranked, "TWO LISTS": narrow.two_lists}
+            vocabulary = speculative_config["draft_vocabulary"]
+            speculative_config = {
+                "model": str(narrow.draft),
+                "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+                **speculative_config,
+                "draft_vocabulary": {**vocabulary, "file": files[vocabulary["file"]]},
+            }
+        with serve_offline(
+            speculative_config,
+            model=str(narrow.target),
+            skip_tokenizer_init=True,
+            max_num_seqs=256,
+            max_num_batched_tokens=4096,
+            num_gpu_blocks_override=1024,
+            **engine_args,
+        ) as llm:
+            yield llm
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def law(serve_narrow: Any) -> Tensor:
+    """`[V, V, V]` exact joint law of the first three tokens after `PROMPT`, at temperature 1."""
+    import torch
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=1, temperature=1.0, logprobs=NARROW, detokenize=False, ignore_eos=True
+    )
+
+    def next_laws(llm: Any, contexts: list[list[int]]) -> Tensor:
+        prompts = [{"prompt_token_ids": context} for context in contexts]
+        rows = torch.zeros(len(contexts), NARROW, dtype=torch.float64)
+        for row, output in zip(rows, llm.generate(prompts, params, use_tqdm=False), strict=True):
+            for token_id, entry in output.outputs[0].logprobs[0].items():
+                row[token_id] = entry.logprob
+        return rows.exp()
+
+    every = range(NARROW)
+    with serve_narrow(logprobs_mode="processed_logprobs", max_logprobs=NARROW) as llm:
+        first = next_laws(llm, [PROMPT])[0]
+        second = next_laws(llm, [[*PROMPT, x] for x in every])
+        third = next_laws(llm, [[*PROMPT, x, y] for x in every for y in every])
+    joint = first[:, None, None] * second[:, :, None] * third.view(NARROW, NARROW, NARROW)
+    # The test is about tokens that the draft cannot name: they must matter.
+    assert 0.1 < float(joint.sum((0, 2))[OFF_VOCABULARY].sum()) < 0.9
+    return joint
+
+
+def fits(texts: list[list[int]], law: Tensor) -> list[GoodnessOfFit]:
+    """Tokens 1 and 2, tokens 2 and 3, and each token outside the vocabulary alone."""
+    import torch
+
+    tokens = torch.tensor(texts)
+    found = []
+    for i in range(2):
+        joint = law.sum(dim=2 if i == 0 else 0)
+        counts = torch.bincount(tokens[:, i] * NARROW + tokens[:, i + 1], minlength=NARROW**2)
+        found.append(compare(f"tokens {i + 1} and {i + 2}", counts, joint.flatten()))
+        # Among the drafted positions, bins for the tokens no draft can name.
+        counts = torch.bincount(tokens[:, i + 1], minlength=NARROW)
+        alone = torch.cat([counts[OFF_VOCABULARY], counts[DRAFTED].sum().view(1)])
+        wanted = joint.sum(dim=0)
+        wanted = torch.cat([wanted[OFF_VOCABULARY], wanted[DRAFTED].sum().view(1)])
+        found.append(compare(f"token {i + 2} outside the vocabulary", alone, wanted))
+    return found
+
+
+def sample(llm: Any, generate: Any, count: int = 4000) -> list[list[int]]:
+    prompts = [{"prompt_token_ids": PROMPT}] * count
+    return generate(llm, prompts, max_tokens=LENGTH, temperature=1.0)
+
+
+RANKED = {"file": "RANKED"}
+BLOCK = {"name": "lossless", "rule": "block"}
+DRAWN = {"method": "draft_model", "draft_sample_method": "probabilistic"}
+CONFIGURATIONS = {
+    "drawn, token": {**DRAWN, "draft_vocabulary": RANKED},
+    "chosen": {"method": "draft_model", "draft_vocabulary": RANKED},
+    "frequency_vocab, dynamic, block": {
+        "method": "frequency_vocab",
+        "draft_sample_method": "probabilistic",
+        "draft_vocabulary": {**RANKED, "dynamic_tokens": 2},
+        "verifier": BLOCK,
+    },
+    "two lists, dynamic": {
+        **DRAWN,
+        "draft_vocabulary": {"file": "TWO LISTS", "dynamic_tokens": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_law_is_the_targets(
+    name: str, serve_narrow: Any, law: Tensor, generate: Any, drafted_by: Any
+) -> None:
+    with serve_narrow(CONFIGURATIONS[name]) as llm:
+        texts = sample(llm, generate)
+        [tally] = drafted_by(llm).values()
+    found = fits(texts, law)
+    assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
+    # The test would pass if nothing was drafted, or all of it accepted.
+    assert tally["accepted"] > 0.1 * len(texts)
+    assert tally["drafted"] - tally["accepted"] > 0.1 * len(texts)
+
+
+def test_requests_of_every_kind_in_one_batch(serve_narrow: Any, law: Tensor, generate: Any) -> None:
+    """Greedy requests beside drawn ones, each as if alone."""
+    count = 2000
+    prompts = [{"prompt_token_ids": PROMPT}] * (2 * count)
+    kinds = [{"temperature": 1.0}, {"temperature": 0.0}] * count
+    with serve_narrow() as llm:
+        [greedy] = generate(llm, prompts[:1], max_tokens=LENGTH)
+    with serve_narrow(CONFIGURATIONS["two lists, dynamic"]) as llm:
+        texts = generate(llm, prompts, max_tokens=LENGTH, each=kinds)
+    assert all(text == greedy for text in texts[1::2])
+    found = fits(texts[::2], law)
+    assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize("wrong", ["flattened", "of other tokens"])
+def test_a_wrong_law_is_noticed(
+    wrong: str, serve_narrow: Any, law: Tensor, generate: Any, adapter_of: Any
+) -> None:
+    """Negative control: the law reported is not the one the drafts were drawn from."""
+    import torch
+
+    from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+
+    with serve_narrow(CONFIGURATIONS["drawn, token"]) as llm:
+        drafter = adapter_of(llm)._ranked
+        reported = drafter.law
+
+        def wrongly(*args: Any) -> Any:
+            right = reported(*args)
+            if right is None:
+                return None
+            if wrong == "flattened":
+                values = torch.softmax(right.values.sqrt(), dim=-1)
+                return DraftProbabilities(values, right.vocabulary, right.sampled)
+            shifted = (right.vocabulary + 1).clamp(max=NARROW - 1)
+            return DraftProbabilities(right.values, shifted, right.sampled)
+
+        drafter.law = wrongly
+        found = fits(sample(llm, generate), law)
+    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
+
+
+@pytest.mark.slow
+def test_the_law_under_a_grammar(nano_model: Path, tmp_path: Path, serve_offline: Any) -> None:
+    """Drafts that a grammar forbids are dropped for what they are; the text must not show it."""
+    from scipy.stats import chi2_contingency
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    vocab_size = json.loads((nano_model / "config.json").read_text())["vocab_size"]
+    config = {
+        "method": "frequency_vocab",
+        "model": str(nano_model),
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+        "draft_vocabulary": write_ranked(
+            tmp_path / "half.safetensors", vocab_size, {"half": range(vocab_size // 2)}
+        ),
+    }
+    params = SamplingParams(
+        temperature=1.0,
+        max_tokens=12,
+        structured_outputs=StructuredOutputsParams(regex="[a-e][a-e][a-e]!"),
+    )
+
+    def letters(speculative_config: Any, draws: bool = False) -> list[int]:
+        """How often each pair of second and third letter was written."""
+        with serve_offline(speculative_config, model=str(nano_model)) as llm:
+            if draws:  # as if nothing was known of grammars
+                executor = llm.llm_engine.engine_core.engine_core.model_executor
+                runner = executor.driver_worker.worker.model_runner
+                add = runner.spec_plugins.requests.add
+
+                def add_as_free(name: str, params: Any, has_history: bool) -> None:
+                    free = params.clone()
+                    free.structured_outputs = None
+                    add(name, free, has_history)
+
+                runner.spec_plugins.requests.add = add_as_free
+            outputs = llm.generate(["Once upon a time"] * 3000, params, use_tqdm=False)
+        texts = [output.outputs[0].text for output in outputs]
+        assert all(len(text) == 4 for text in texts)
+        pairs = [text[1:3] for text in texts]
+        return [pairs.count(a + b) for a in "abcde" for b in "abcde"]
+
+    plain, ranked, drawn = letters(None), letters(config), letters(config, draws=True)
+
+    def p_value(counts: list[int]) -> float:
+        table = [(a, b) for a, b in zip(plain, counts, strict=True) if a + b >= 10]
+        return float(chi2_contingency(list(zip(*table, strict=True))).pvalue)
+
+    assert p_value(ranked) > FALSE_ALARM
+    # Negative control: drawn drafts, of which the grammar drops some.
+    assert p_value(drawn) < FALSE_ALARM
+
+
+# Refusals.
+
+
+def front_door(model: Path, config: dict[str, Any], **engine_args: Any) -> None:
+    from vllm import LLM
+
+    LLM(
+        model=str(model),
+        speculative_config=config,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+        **engine_args,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param(
+            {"method": "ngram", "prompt_lookup_max": 3},
+            '"draft_vocabulary" cuts down the output head a draft token is chosen from, and '
+            'vLLM\'s "ngram" has none that can be cut.',
+            id="no head",
+        ),
+        pytest.param(
+            {"method": "suffix"}, 'vLLM\'s "suffix" has none that can be cut', id="suffix"
+        ),
+        pytest.param(
+            {"method": "medusa", "model": "MODEL"},
+            'vLLM\'s "medusa" has none that can be cut. Remove it, or choose a method from: '
+            "draft_model, eagle, eagle3, mtp.",
+            id="medusa",
+        ),
+        pytest.param({"model": "MODEL"}, '"draft_vocabulary" needs "method" beside it', id="none"),
+        pytest.param(
+            {"method": "draft_model", "model": "MODEL", "use_local_argmax_reduction": True},
+            '"use_local_argmax_reduction" chooses draft tokens without computing their logits: it '
+            'cannot stand beside "draft_vocabulary".',
+            id="local argmax",
+        ),
+        pytest.param(
+            {"method": "draft_model", "model": "MODEL", "use_heterogeneous_vocab": True},
+            '"use_heterogeneous_vocab" drafts tokens of another tokenizer, and a draft vocabulary '
+            'ranks the target\'s: it cannot stand beside "draft_vocabulary".',
+            id="another tokenizer",
+        ),
+        pytest.param(
+            {"method": "draft_model", "model": "MODEL", "parallel_drafting": True},
+            '"parallel_drafting" drafts all tokens in one pass, one row per token instead of one '
+            'per request: it cannot stand beside "draft_vocabulary".',
+            id="parallel drafting",
+        ),
+        pytest.param(
+            {"method": "frequency_vocab", "model": "MODEL", "parallel_drafting": True},
+            '"parallel_drafting" drafts all tokens in one pass',
+            id="parallel drafting under our name",
+        ),
+        pytest.param(
+            {"method": "eagle3", "model": "EAGLE"},
+            "was trained with a draft vocabulary of its own, 64 of the target's 512 tokens. "
+            'Remove "draft_vocabulary".',
+            id="a draft vocabulary of its own",
+        ),
+        pytest.param(
+            {"method": "draft_model", "model": "MODEL", "draft_vocabulary": "NARROW"},
+            "was made for a model of 16 tokens",
+            id="for another model",
+        ),
+    ],
+)
+def test_refused_before_any_weight_is_loaded(
+    config: dict[str, Any],
+    message: str,
+    model_without_weights: Path,
+    some: str,
+    narrow: Narrow,
+    tmp_path: Path,
+) -> None:
+    eagle = json.loads((model_without_weights / "config.json").read_text())
+    eagle |= {"draft_vocab_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "eagle3").mkdir()
+    (tmp_path / "eagle3" / "config.json").write_text(json.dumps(eagle))
+    named = {"MODEL": str(model_without_weights), "EAGLE": str(tmp_path / "eagle3")}
+    given = {"num_speculative_tokens": 3, "draft_vocabulary": some, **config}
+    if "model" in given:
+        given["model"] = named[given["model"]]
+    if given["draft_vocabulary"] == "NARROW":
+        given["draft_vocabulary"] = narrow.ranked
+    with pytest.raises(SpecPluginsError) as caught:
+        front_door(model_without_weights, given)
+    assert message in str(caught.value)
+
+
+def test_heads_whose_rows_cannot_be_used(serve_offline: Any) -> None:
+    """Whatever stands between the weights and the logits is found by looking, not by name."""
+    import torch
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    from vllm_spec_plugins.engine.language_model_head import EngineHead
+
+    class Quantised(QuantizeMethodBase):
+        def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError
+
+        def apply(self, layer: Any, x: Any, bias: Any = None) -> Any:
+            return torch.nn.functional.linear(x, layer.weight, bias)
+
+    with serve_offline() as llm:
+        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        model = model.model_runner.get_model()
+        device = torch.device("cpu")
+        token_ids = torch.tensor([3, 1, 500])
+        hidden = torch.randn(5, 128)
+
+        def head() -> EngineHead:
+            return EngineHead(model, 128, torch.float32, device)
+
+        def refusal() -> str:
+            with pytest.raises(ConfigError) as caught:
+                head().rows(token_ids)
+            return str(caught.value)
+
+        def changed(compute: Any) -> str:
+            model.compute_logits = compute
+            try:
+                return refusal()
+            finally:
+                del model.compute_logits
+
+        whole = head()
+        assert (whole.vocab_size, whole.hidden_size) == (WIDE, 128)
+        logits = whole.logits(hidden)
+        torch.testing.assert_close(logits, model.compute_logits(hidden))
+        for scale, soft_cap in [(1.0, None), (0.25, 3.0)]:
+            model.logits_processor.scale, model.logits_processor.soft_cap = scale, soft_cap
+            weight, bias = head().rows(token_ids)
+            expected = model.compute_logits(hidden)[:, token_ids]
+            torch.testing.assert_close(head().row_logits(hidden, weight, bias), expected)
+            each = weight.expand(5, -1, -1)
+            torch.testing.assert_close(head().row_logits(hidden, each, bias), expected)
+        model.logits_processor.scale, model.logits_processor.soft_cap = 1.0, None
+
+        with pytest.raises(ConfigError, match="has the tokens 0 to 511, and token 512"):
+            whole.rows(torch.tensor([512]))
+        compute = model.compute_logits
+        prefix = "Rows of the output head of LlamaForCausalLM cannot be used on their own: "
+        assert changed(lambda x: compute(x * 2)) == (
+            f"{prefix}the model changes its hidden states before the head. "
+            'Remove "draft_vocabulary".'
+        )
+        assert "the model maps its logits to other tokens" in changed(lambda x: compute(x) + 1)
+        assert "its logits come out of 0 projections" in changed(
+            lambda x: x @ model.lm_head.weight.T
+        )
+        unquantised = model.lm_head.quant_method
+        model.lm_head.quant_method = Quantised()
+        assert "it is quantised (Quantised)" in refusal()
+        # The logits themselves do not need its rows.
+        torch.testing.assert_close(head().logits(hidden), logits)
+        model.lm_head.quant_method = unquantised
