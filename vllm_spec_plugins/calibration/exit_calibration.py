@@ -302,12 +302,13 @@ def _vocabulary(file: Path | None, model: LocalModel) -> Tensor | None:
             f"{file} was made for a model of {found.vocab_size} tokens, this one has "
             f"{model.vocab_size}"
         )
-    if len(found.lists) > 1:
+    (ranked, *others) = found.lists
+    if others:
         raise SpecPluginsError(
             f"{file} holds {len(found.lists)} lists, and which one a request drafts from is "
             "decided while serving: calibrate exits with a file of one list"
         )
-    return torch.from_numpy(found.token_ids(found.lists[0])).to(model.device)
+    return torch.from_numpy(found.token_ids(ranked)).to(model.device)
 
 
 def _continuations(
@@ -450,6 +451,13 @@ def _given_costs(request: Request) -> list[RoundCosts]:
     if request.search_skips and not any(cost.attention or cost.ffn for cost in costs):
         raise SpecPluginsError(f"{request.costs} was measured without --search-skips")
     return costs
+
+
+def saved_dtype(folder: Path) -> str:
+    """What "auto" means: bfloat16 for a model saved in 16 bits, else float32."""
+    config = json.loads((folder / "config.json").read_text())
+    saved = config.get("dtype") or config.get("torch_dtype")
+    return "bfloat16" if saved in ("bfloat16", "float16") else "float32"
 
 
 def _inputs(request: Request) -> dict[str, Any]:
