@@ -1,0 +1,393 @@
+"""Self-speculation against plain decoding and vLLM's own methods, on a model of the zoo.
+
+Every engine has a process of its own. The plain one stays; beside it one other at a time takes
+turns with it (plain, method, plain, method, plain ...), so that each method is compared with
+plain decoding measured right before and after it. Prompts are held-out source code; all
+requests write the same number of tokens. One row for each method, temperature, batch size and
+repeat goes to results/self_speculation.jsonl as soon as it is measured; rows that are there
+already, of the same commit and settings, are not measured again.
+
+    python benchmarks/self_speculation.py                       # all on `expanded`: hours
+    python benchmarks/self_speculation.py --methods 'ngram$|early_exit 4' --batches 1
+    python benchmarks/self_speculation.py --quick               # does it run? (nano)
+    python benchmarks/plot_self_speculation.py                  # pictures of the rows
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from engine_worker import EngineSettings, Job, Timed, Worker, WorkerError
+from provenance import provenance
+from speculation_methods import VOCABULARY, Method, all_methods, resolved
+from speculation_rows import cells, read
+
+from vllm_spec_plugins import zoo
+from vllm_spec_plugins.calibration.texts import TextTokenizer, windows
+from vllm_spec_plugins.cli.comparison import distinct_ngram_share
+from vllm_spec_plugins.registry import Kind, installed
+from vllm_spec_plugins.zoo.corpus import held_out_files
+
+RESULTS = Path(__file__).parent / "results" / "self_speculation.jsonl"
+PROMPT_TOKENS = 128
+#: Plain decoding does not depend on the text: each of its turns takes a share of the prompts.
+PLAIN_SHARE = 4
+#: Seconds after which idle threads of the engine that had its turn are asleep.
+SETTLE = 0.25
+#: What `--quick` measures, of `nano`.
+QUICK = r"draft_model K=2 probabilistic$|early_exit 2 (K=2|expected_speedup)( ranked)?$|auto del"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run measures, beside its methods.
+
+    Attributes:
+        model: Of the zoo.
+        prompts: How many.
+        tokens: New tokens of each.
+        repeats: Of everything.
+        temperatures: Each with every batch size.
+        batches: Requests at a time.
+        threads: Of each engine.
+    """
+
+    model: str
+    prompts: int
+    tokens: int
+    repeats: int
+    temperatures: Sequence[float]
+    batches: Sequence[int]
+    threads: int
+
+    def engine(self, speculative_config: dict[str, Any] | None) -> EngineSettings:
+        return EngineSettings(
+            str(zoo.ensure(self.model)),
+            speculative_config,
+            max(self.batches),
+            PROMPT_TOKENS,
+            self.tokens,
+        )
+
+    def key(self, method: str, temperature: float, batch: int, repeat: int) -> tuple[Any, ...]:
+        """What makes a row this one."""
+        return (
+            self.model, self.prompts, self.tokens, str(self.threads),
+            method, temperature, batch, repeat,
+        )  # fmt: skip
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """`Settings.key` of a row."""
+    names = ("model", "prompts", "tokens_per_prompt", "threads")
+    return tuple(row[name] for name in (*names, "method", "temperature", "batch", "repeat"))
+
+
+@dataclass(slots=True)
+class Plain:
+    """Plain decoding, which takes its turns between the methods.
+
+    Attributes:
+        worker: Its engine.
+        settings: Of the run.
+        prompts: All of them.
+        greedy_texts: Continuations at temperature 0, by number of the prompt.
+    """
+
+    worker: Worker
+    settings: Settings
+    prompts: Sequence[Sequence[int]]
+    greedy_texts: dict[int, list[int]] = field(default_factory=dict)
+    _next: int = 0
+
+    def turn(self, temperature: float, batch: int) -> Timed:
+        """The next few prompts."""
+        time.sleep(SETTLE)
+        count = max(batch, -(-len(self.prompts) // PLAIN_SHARE))
+        chosen = [(self._next + i) % len(self.prompts) for i in range(count)]
+        self._next = (self._next + count) % len(self.prompts)
+        tokens = self.settings.tokens
+        timed = self.worker.run(Job([self.prompts[i] for i in chosen], temperature, batch, tokens))
+        if temperature == 0:
+            self.greedy_texts.update(zip(chosen, timed.texts, strict=True))
+        return timed
+
+
+def held_out_prompts(folder: Path, number: int) -> list[list[int]]:
+    """Parts of source files that no model of the zoo has seen, in turns from all files."""
+    tokenizer = TextTokenizer(folder)
+    by_file = [list(windows(tokenizer, [file.text], PROMPT_TOKENS)) for file in held_out_files()]
+    in_turns = [
+        part.tolist()
+        for turn in itertools.zip_longest(*by_file)
+        for part in turn
+        if part is not None
+    ]
+    if len(in_turns) < number:
+        raise typer.BadParameter(f"there are {len(in_turns)} held-out prompts, not {number}")
+    return in_turns[:number]
+
+
+def make_vocabulary(model: str, folder: Path) -> Path:
+    """A ranked vocabulary counted in the zoo's training text, by `vllm-spec calibrate vocab`."""
+    path = folder / VOCABULARY
+    command = ("-m", "vllm_spec_plugins.cli", "calibrate", "vocab", model)
+    subprocess.run(
+        [sys.executable, "-P", *command, "--texts", "zoo", "--output", str(path)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return path
+
+
+def row(
+    settings: Settings, method: Method, temperature: float, batch: int, repeat: int,
+    timed: Timed, beside: Sequence[Timed], greedy_texts: dict[int, list[int]],
+) -> dict[str, Any]:  # fmt: skip
+    """One measured turn of a method, and plain decoding before and after it."""
+    speed = timed.tokens / timed.seconds
+    plain = sum(p.tokens for p in beside) / sum(p.seconds for p in beside)
+    found: dict[str, Any] = {
+        "benchmark": "self_speculation",
+        "model": settings.model,
+        "method": method.name,
+        "exit_layer": method.exit_layer,
+        "length": method.length,
+        "ranked": method.ranked,
+        "speculative_config": method.speculative_config,
+        "temperature": temperature,
+        "batch": batch,
+        "prompts": settings.prompts,
+        "tokens_per_prompt": settings.tokens,
+        "repeat": repeat,
+        "tokens_per_second": speed,
+        "plain_tokens_per_second": plain,
+        "speed_over_plain": speed / plain,
+        "acceptance_length": 1 + timed.accepted / timed.drafts if timed.drafts else None,
+        "acceptance_rate": timed.accepted / timed.drafted if timed.drafted else None,
+        "drafted_per_draft": timed.drafted / timed.drafts if timed.drafts else 0.0,
+        "tokens_per_step": timed.tokens / timed.steps / batch,
+        "step_ms": timed.step_ms,
+        "plain_step_ms": [p.step_ms for p in beside],
+        "drafting_share": timed.draft_seconds / timed.seconds,
+        "full_steps": timed.steps,
+        "seconds": timed.seconds,
+        "wall_seconds": timed.wall_seconds,
+        "distinct_8gram_share": distinct_ngram_share(timed.texts, 8),
+    }
+    if temperature == 0:
+        compared = {i: text for i, text in greedy_texts.items() if i < len(timed.texts)}
+        same = sum(timed.texts[i] == text for i, text in compared.items())
+        found["same_text_as_plain"] = [same, len(compared)]
+    return {**found, "load_average": round(os.getloadavg()[0], 1)}
+
+
+def physical_cores() -> int:
+    """Cores, of which each may be two or more CPUs to the system."""
+    with contextlib.suppress(OSError):
+        pairs = re.findall(
+            r"physical id\s*:\s*(\d+).*?core id\s*:\s*(\d+)",
+            Path("/proc/cpuinfo").read_text(),
+            re.DOTALL,
+        )
+        if pairs:
+            return len(set(pairs))
+    return os.cpu_count() or 1
+
+
+def todo(
+    settings: Settings, methods: Sequence[Method], done: set[tuple[Any, ...]]
+) -> list[tuple[Method, float, int, int]]:
+    """Every turn that has no row yet."""
+    return [
+        (method, temperature, batch, repeat)
+        for method in methods
+        for temperature in settings.temperatures
+        for batch in settings.batches
+        for repeat in range(settings.repeats)
+        if not (method.greedy_only and temperature)
+        and settings.key(method.name, temperature, batch, repeat) not in done
+    ]
+
+
+def measure(
+    settings: Settings,
+    plain: Plain,
+    worker: Worker,
+    turns: Sequence[tuple[Method, float, int, int]],
+) -> Iterator[dict[str, Any]]:
+    """The turns of one engine: all its methods in each setting and repeat, plain in between."""
+    prompts, warm = plain.prompts, set()
+
+    def job(method: Method, temperature: float, batch: int, count: int) -> Job:
+        limit, control = method.draft_limit, method.length_control
+        return Job(prompts[:count], temperature, batch, settings.tokens, limit, control)
+
+    for temperature, batch, repeat in itertools.product(
+        settings.temperatures, settings.batches, range(settings.repeats)
+    ):
+        here = [method for method, *where in turns if where == [temperature, batch, repeat]]
+        if not here:
+            continue
+        for method in here:
+            if (kind := (method.name, temperature, batch)) not in warm:
+                worker.run(job(method, temperature, batch, batch))
+                warm.add(kind)
+        before = plain.turn(temperature, batch)
+        for method in here:
+            time.sleep(SETTLE)
+            timed = worker.run(job(method, temperature, batch, len(prompts)))
+            after = plain.turn(temperature, batch)
+            yield row(
+                settings, method, temperature, batch, repeat,
+                timed, (before, after), plain.greedy_texts,
+            )  # fmt: skip
+            before = after
+
+
+def estimate(plain: Plain, turns: Sequence[tuple[Method, float, int, int]], engines: int) -> float:
+    """Seconds all turns may take, from one pass of plain decoding: no method faster than it."""
+    settings, total = plain.settings, engines * plain.worker.start_seconds
+    for temperature, batch in itertools.product(settings.temperatures, settings.batches):
+        timed = plain.turn(temperature, batch)
+        per_prompt = timed.wall_seconds / len(timed.texts) + SETTLE / len(timed.texts)
+        here = [turn for turn in turns if turn[1:3] == (temperature, batch)]
+        warm_ups = batch * len({turn[0].name for turn in here})
+        total += per_prompt * (warm_ups + len(here) * (settings.prompts + len(timed.texts)))
+    return total
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated."""
+    return [float(part) for part in text.split(",")]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="of the zoo")] = "expanded",
+    prompts: Annotated[int, typer.Option(min=1, help="held-out prompts")] = 32,
+    tokens: Annotated[int, typer.Option(min=16, help="new tokens of each")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="of everything")] = 3,
+    methods: Annotated[str, typer.Option(help="those whose name has this regex")] = "",
+    temperatures: Annotated[str, typer.Option(help="comma-separated")] = "1,0",
+    batches: Annotated[str, typer.Option(help="comma-separated: requests at a time")] = "1,8",
+    threads: Annotated[int, typer.Option(help="of each engine; 0: physical cores")] = 0,
+    vocabulary_size: Annotated[int, typer.Option(help="tokens of the ranked vocabulary")] = 2048,
+    dynamic_tokens: Annotated[int, typer.Option(help="beside the ranked ones")] = 64,
+    output: Annotated[Path, typer.Option(help="rows are added to it")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="a few methods on nano")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="name the methods, stop")] = False,
+) -> None:
+    """Measure, print and keep the rows."""
+    if quick:
+        model, prompts, tokens, repeats, threads = "nano", 8, 16, 1, threads or 1
+        methods = methods or QUICK
+    settings = Settings(
+        model, prompts, tokens, repeats, numbers(temperatures),
+        [int(batch) for batch in numbers(batches)], threads or physical_cores(),
+    )  # fmt: skip
+    controllers = installed().names(Kind.LENGTH_CONTROLLER)
+    chosen = [
+        method
+        for method in all_methods(model, controllers, vocabulary_size, dynamic_tokens)
+        if re.search(methods, method.name)
+    ]
+    if list_only:
+        print("\n".join(method.name for method in chosen))
+        return
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for the rows: the engines have it
+    source = provenance()
+    done = {key_of(r) for r in read(output) if r["commit"] == source["commit"]}
+    turns = todo(settings, chosen, done)
+    by_engine: dict[str, list[tuple[Method, float, int, int]]] = {}
+    for turn in turns:
+        by_engine.setdefault(json.dumps(turn[0].engine), []).append(turn)
+    print(f"{len(chosen)} methods on {len(by_engine)} engines, {len(turns)} rows to measure")
+    if turns:
+        failed = run(settings, by_engine, output, source)
+        report(output, source["commit"], settings)
+        if failed:
+            print("FAILED:\n" + "\n".join(failed), file=sys.stderr)
+            raise typer.Exit(1)
+
+
+def run(
+    settings: Settings,
+    by_engine: dict[str, list[tuple[Method, float, int, int]]],
+    output: Path,
+    source: dict[str, Any],
+) -> list[str]:
+    """Measure every engine's turns. Returns what went wrong."""
+    failed: list[str] = []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = zoo.ensure(settings.model)
+        vocabulary = folder / VOCABULARY
+        if any(turns[0][0].ranked for turns in by_engine.values()):
+            make_vocabulary(str(model), folder)
+        worker = Worker(settings.engine(None), settings.threads, folder / "plain.log")
+        stack.callback(worker.close)
+        plain = Plain(worker, settings, held_out_prompts(model, settings.prompts))
+        turns = [turn for turns in by_engine.values() for turn in turns]
+        expected = estimate(plain, turns, len(by_engine))
+        print(f"about {expected / 60:.0f} minutes, if no method is faster than plain decoding")
+        began, count = time.perf_counter(), 0
+        file = stack.enter_context(output.open("a"))
+        for number, (config, of_engine) in enumerate(by_engine.items()):
+            log = folder / f"{number}.log"
+            try:
+                speculative = resolved(json.loads(config), vocabulary)
+                other = Worker(settings.engine(speculative), settings.threads, log)
+                with contextlib.closing(other):
+                    for found in measure(settings, plain, other, of_engine):
+                        count += 1
+                        file.write(json.dumps({**found, **source}) + "\n")
+                        file.flush()
+                        minutes = (time.perf_counter() - began) / 60
+                        print(f"{minutes:5.1f} min {count}/{len(turns)} {line(found)}", flush=True)
+            except WorkerError as error:
+                failed.append(f"{config}: {error}")
+    return failed
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row, for people."""
+    length = found["acceptance_length"]
+    same = found.get("same_text_as_plain")
+    return (
+        f"{found['method']:<42} T={found['temperature']:g} batch {found['batch']}: "
+        f"{found['tokens_per_second']:7.1f} tokens/s, {found['speed_over_plain']:.3f}x plain, "
+        f"acceptance length {f'{length:.2f}' if length else '-'}, "
+        f"drafting {found['drafting_share']:.0%}, "
+        f"distinct 8-grams {found['distinct_8gram_share']:.2f}"
+        + (f", same text {same[0]}/{same[1]}" if same else "")
+    )
+
+
+def report(output: Path, commit: str, settings: Settings) -> None:
+    """Medians over repeats, best first."""
+    rows = [r for r in read(output) if (r["commit"], r["model"]) == (commit, settings.model)]
+    for temperature, batch in itertools.product(settings.temperatures, settings.batches):
+        here = [c for c in cells(rows) if (c.temperature, c.batch) == (temperature, batch)]
+        print(
+            f"\n{settings.model}, temperature {temperature:g}, batch {batch}: over plain decoding"
+        )
+        for cell in sorted(here, key=lambda c: -c.speed):
+            print(f"  {cell.speed:.3f} ({cell.low:.3f}-{cell.high:.3f})  {cell.method}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
