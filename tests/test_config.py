@@ -18,6 +18,7 @@ from vllm_spec_plugins.config import Choice, EngineVocabulary, PluginSettings, c
 from vllm_spec_plugins.draft_vocabulary import DraftVocabularyOptions, RankedVocabulary, rank
 from vllm_spec_plugins.engine_proposer import EngineProposer
 from vllm_spec_plugins.errors import ConfigError, PluginError, SpecPluginsError
+from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.registry import Kind, Registry, installed
 
 ENGINE = EngineVocabulary(
@@ -452,3 +453,72 @@ def test_wrong_type_or_range(option: str, value: object, said: str) -> None:
 def test_a_plugin_refuses_what_types_cannot() -> None:
     with pytest.raises(SpecPluginsError, match="no layer 5 in 4"):
         take(method="exit", num_speculative_tokens=3, exit_layer=5)
+
+
+# --- what a length controller is told ---
+
+
+class TokenByToken(Exit):
+    """Asks `stop_after` where its option says so."""
+
+    @classmethod
+    def signals_for(cls, options: ProposerOptions) -> Signals:
+        assert isinstance(options, ExitOptions)
+        return Signals.CONFIDENCES if options.mode == "exact" else Signals.NONE
+
+
+def take_with_controllers(**raw: Any) -> PluginSettings:
+    """With every length controller of ours, and proposers that tell more or less."""
+    ours = [
+        (Kind.PROPOSER, "ngram_adaptive"),
+        (Kind.PROPOSER, "early_exit"),
+        (Kind.VERIFIER, "lossless"),
+        *(
+            (Kind.LENGTH_CONTROLLER, name)
+            for name in ("additive", "confidence", "del", "expected_speedup", "fixed", "thompson")
+        ),
+    ]
+    points = [
+        EntryPoint(name, installed().get(kind, name).value, kind.value) for kind, name in ours
+    ]
+    points += [
+        EntryPoint("token_by_token", f"{__name__}:TokenByToken", Kind.PROPOSER.value),
+        EntryPoint("broken", f"{__name__}:nobody", Kind.LENGTH_CONTROLLER.value),
+    ]
+    return split(raw, ENGINE, facts_for, Registry(points))[1]
+
+
+NGRAM = {"method": "ngram_adaptive", "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("controller", "wanted"),
+    [
+        ("confidence", "draft token by token and tell how sure they are"),
+        ("thompson", "draft token by token and tell how sure they are"),
+        ("del", "draft token by token and can leave the target after one of several layers"),
+    ],
+)
+def test_a_controller_that_would_not_be_told_is_refused(controller: str, wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        take_with_controllers(**NGRAM, length_control=controller)
+    assert str(caught.value) == (
+        f'length_control "{controller}" works with proposers that {wanted}; "ngram_adaptive" does '
+        "not. Beside it: additive, expected_speedup, fixed."
+    )
+
+
+@pytest.mark.parametrize("controller", ["additive", "expected_speedup", "fixed"])
+def test_controllers_that_need_to_be_told_nothing(controller: str) -> None:
+    settings = take_with_controllers(**NGRAM, length_control=controller)
+    assert settings.length_control == Choice(name=controller)
+
+
+def test_what_is_told_may_depend_on_the_proposers_options() -> None:
+    asked = {"method": "token_by_token", "num_speculative_tokens": 3, "exit_layer": 2}
+    settings = take_with_controllers(**asked, mode="exact", length_control="confidence")
+    assert settings.length_control == Choice(name="confidence")
+    with pytest.raises(ConfigError, match='"token_by_token" does not'):
+        take_with_controllers(**asked, mode="fast", length_control="confidence")
+    with pytest.raises(ConfigError, match="can leave the target after one of several layers"):
+        take_with_controllers(**asked, mode="exact", length_control="del")
