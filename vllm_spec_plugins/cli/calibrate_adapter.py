@@ -88,7 +88,7 @@ def run(
         raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to")
     folder, _ = model_to_serve(model, threads or None)
     corpus = Corpus(texts)
-    target = LocalModel.load(folder, _dtype(folder, dtype), device)
+    target = LocalModel.load(folder, _dtype(folder, dtype))
     recipe.check(target)
     most = max(recipe.steps * recipe.batch_size, generations)
     with console.status("reading texts"):
@@ -106,6 +106,8 @@ def run(
         )
     if generations:
         learnt = _generated(folder, learnt, generations, recipe, output, console, threads)
+    # Only now: vLLM takes most of a GPU's memory while it writes.
+    target.module.to(device)
     rows = padded(learnt)
     data = hashlib.sha256(rows.tobytes()).hexdigest()
     job = job_of(target, recipe, data)
