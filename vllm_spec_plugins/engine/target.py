@@ -19,11 +19,12 @@ from vllm.model_executor.layers.attention.attention import unified_kv_cache_upda
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_spec_plugins.errors import SpecPluginsError
-from vllm_spec_plugins.target_model import LayerState
+from vllm_spec_plugins.target_model import LayerStack, LayerState
 
 from .language_model_head import EngineHead
+from .layer_parts import LayerParts
 from .paged_sequences import Pages, Sequences
-from .target_layers import LayerParts, Stack
+from .target_layers import find_layers
 
 #: Positions of each request in `warm_up_sequences`.
 _WARM_UP_POSITIONS = 64
@@ -57,7 +58,7 @@ class Target:
     def _parts(self) -> LayerParts:
         if self._found is None:
             _refuse_caches_unknown(self._module)
-            self._found = LayerParts(self._module)
+            self._found = find_layers(self._module)
         return self._found
 
     @property
@@ -99,7 +100,7 @@ class Target:
         skip_layers: Sequence[int] = (),
         skip_attention: Sequence[int] = (),
         skip_ffn: Sequence[int] = (),
-    ) -> Stack:
+    ) -> LayerStack:
         return self._parts.stack(start, stop, skip_layers, skip_attention, skip_ffn)
 
     def embed(self, token_ids: Tensor) -> LayerState:
@@ -120,11 +121,13 @@ class Target:
 
     def warm_up_sequences(self, num_requests: int) -> Sequences:
         num_blocks = self._runner.kv_cache_config.num_blocks
-        pages = []
+        pages, used = [], 0
         for group, table in self._groups():
             width = -(-_WARM_UP_POSITIONS // table.block_size)
+            # Each group its own: a block of one group is the same memory as that of another.
             # Block 0 is vLLM's own, for padding.
-            ids = torch.arange(num_requests * width) % (num_blocks - 1) + 1
+            ids = (used + torch.arange(num_requests * width)) % (num_blocks - 1) + 1
+            used += len(ids)
             block_table = ids.view(num_requests, width).to(self._runner.device, torch.int32)
             pages.append(Pages(group, table.block_size, block_table))
         return Sequences(pages, self._runner.vllm_config, _WARM_UP_POSITIONS)
@@ -138,7 +141,9 @@ class Target:
         count, device = _CHECK_AT_ONCE + _CHECK_ONE_BY_ONE, self._runner.device
         token_ids = torch.arange(1, count + 1, device=device) % self.head.vocab_size
         positions = torch.arange(count, device=device)
-        sequences, stack = self.warm_up_sequences(1), self.layers(0, self.num_layers)
+        half = self.num_layers // 2
+        sequences = self.warm_up_sequences(1)
+        stacks = [self.layers(0, half), self.layers(half, self.num_layers)]
         with torch.inference_mode():
             with sequences.step(positions, [count]):
                 out = self._module(
@@ -154,7 +159,9 @@ class Target:
             for indices in passes:
                 span = slice(indices[0], indices[-1] + 1)
                 with sequences.step(positions[span], [len(indices)]):
-                    state = stack(self.embed(token_ids[span]), positions[span])
+                    state = self.embed(token_ids[span])
+                    for stack in stacks:
+                        state = stack(state, positions[span])
                 ours.append(self.head.logits(self.final_norm(state)))
         off = (torch.cat(ours) - expected).abs().max() / expected.abs().max()
         tolerance = _CHECK_TOLERANCE.get(self.dtype, _CHECK_TOLERANCE[torch.bfloat16])
