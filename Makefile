@@ -27,10 +27,10 @@ test test-all: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test test-all: export VLLM_CPU_KVCACHE_SPACE := 1
 
 test: set-up  ## the test suite without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/pytest -m "not slow"
 
 test-all: set-up  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 lint: set-up  ## ruff and basedpyright
 	$(BIN)/ruff check .

@@ -1,24 +1,33 @@
 """Two tensor-parallel ranks decode what one rank decodes, and agree with each other.
 
-Every rank drafts and verifies for itself. Drafts come from the text, random numbers from the
-request and the position, so nothing has to be sent between them.
+Every rank drafts and verifies for itself. Drafts come from the text or from the shared layers,
+random numbers from the request and the position, so no decision has to be sent between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-CONFIG = {
-    "method": "ngram_adaptive",
-    "num_speculative_tokens": 4,
-    "min_acceptance": 0.05,
-    "verifier": "lossless",
+EARLY_EXIT = {"method": "early_exit", "num_speculative_tokens": 4, "exit_layer": 2}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "ngram_adaptive": {
+        "method": "ngram_adaptive",
+        "num_speculative_tokens": 4,
+        "min_acceptance": 0.05,
+        "verifier": "lossless",
+    },
+    "early_exit": {**EARLY_EXIT, "length_control": {"name": "confidence", "threshold": 0.2}},
+    #: Rows of the head are gathered from both ranks.
+    "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": {"file": "", "dynamic_tokens": 32}},
+    #: Ranks must choose the same exit and length.
+    "early_exit, del": {**EARLY_EXIT, "exit_layer": "auto", "length_control": "del"},
 }
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -47,10 +56,16 @@ def known_output(worker: Any) -> dict[str, list[int]]:
 def decode(
     serve_offline: Callable[..., Any],
     generate: Callable[..., list[list[int]]],
+    exiting_model: Path,
     prompts: list[dict[str, list[int]]],
 ) -> Callable[..., Decoded]:
     def decode(speculative_config: Any, num_ranks: int) -> Decoded:
-        with serve_offline(speculative_config, tensor_parallel_size=num_ranks) as llm:
+        with serve_offline(
+            speculative_config,
+            model=str(exiting_model),
+            skip_tokenizer_init=True,
+            tensor_parallel_size=num_ranks,
+        ) as llm:
             texts = {name: generate(llm, prompts, **s) for name, s in SAMPLINGS.items()}
             known = llm.collective_rpc(known_output)
             has_metrics = speculative_config is not None
@@ -60,19 +75,55 @@ def decode(
     return decode
 
 
-@pytest.fixture(scope="module")
-def one_rank(decode: Callable[..., Decoded]) -> Decoded:
-    return decode(CONFIG, 1)
+@pytest.fixture(scope="module", params=list(CONFIGURATIONS))
+def config(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    import numpy as np
+
+    from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
+
+    chosen = dict(CONFIGURATIONS[request.param])
+    if "draft_vocabulary" in chosen:
+        path = tmp_path_factory.mktemp("ranked") / "even.safetensors"
+        counts = np.zeros(512, dtype=np.int64)
+        counts[::2] = 5
+        always = np.array([2])
+        lists = (rank("even", counts, always, 256),)
+        RankedVocabulary(512, always, lists, "", "even tokens").write(path)
+        chosen["draft_vocabulary"] = {**chosen["draft_vocabulary"], "file": str(path)}
+    return chosen
 
 
 @pytest.fixture(scope="module")
-def two_ranks(decode: Callable[..., Decoded], one_rank: Decoded) -> Decoded:
+def one_rank(decode: Callable[..., Decoded], config: dict[str, Any]) -> Decoded:
+    # Timed costs differ from run to run, and those of two ranks are not timed.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_spec_plugins.proposers.early_exit.measure_costs", costs_of_layers)
+        return decode(config, 1)
+
+
+def costs_of_layers(target: Any, passes: Any, most: int, *ignored: Any) -> Any:
+    """What is used under tensor parallelism, in place of `exit_timing.measure_costs`."""
+    from vllm_spec_plugins.exit_selection import ExitCosts
+
+    layers = range(1, len(passes) + 1)
+    return ExitCosts.from_layers(layers, target.num_layers, target.head_in_layers, most)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(decode: Callable[..., Decoded], config: dict[str, Any], one_rank: Decoded) -> Decoded:
     del one_rank  # one engine at a time
-    return decode(CONFIG, 2)
+    return decode(config, 2)
 
 
-def test_greedy_text_is_plain_decodings(decode: Callable[..., Decoded], two_ranks: Decoded) -> None:
-    assert two_ranks.texts["greedy"] == decode(None, 1).texts["greedy"]
+@pytest.fixture(scope="module")
+def plain(decode: Callable[..., Decoded]) -> Decoded:
+    return decode(None, 1)
+
+
+def test_greedy_text_is_plain_decodings(plain: Decoded, two_ranks: Decoded) -> None:
+    assert two_ranks.texts["greedy"] == plain.texts["greedy"]
 
 
 @pytest.mark.parametrize("sampling", ["seeded", "without a seed"])
