@@ -22,7 +22,7 @@ from vllm_spec_plugins import zoo
 from vllm_spec_plugins.calibration import generations, texts, vocabulary
 from vllm_spec_plugins.calibration.generations import Engine, Sampling, generate
 from vllm_spec_plugins.calibration.texts import Corpus, TextTokenizer, windows
-from vllm_spec_plugins.calibration.vocabulary import Counted, Row, SpeedModel
+from vllm_spec_plugins.calibration.vocabulary import Counted, Request, Row, SpeedModel
 from vllm_spec_plugins.cli.main import app
 from vllm_spec_plugins.context import ModelFacts
 from vllm_spec_plugins.draft_vocabulary import (
@@ -313,19 +313,18 @@ def test_the_models_own_text_ranks_first(
     assert "model's own" in result.output
     found = RankedVocabulary.read(output)
     assert "written by the model" in found.description
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
     (file,) = tmp_path.glob("generations-*.jsonl")
     written = generations.read(file)
-    first = {int(written[n][0]) for n in written if n % 10}  # every tenth is held out
+    often = Counter(int(token) for n in written if n % 10 for token in written[n])  # 4: held out
     (ranked,) = found.lists
-    counts = dict(zip(ranked.token_ids.tolist(), ranked.counts.tolist(), strict=True))
-    often = Counter(int(token) for n in written if n % 10 for token in written[n])
-    token, number = often.most_common(1)[0]
-    assert token in first
-    share = number / often.total()
-    assert counts[token] / ranked.num_tokens == pytest.approx(
-        vocabulary.GENERATED_WEIGHT * share, abs=0.2
-    )
-    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    mixed = dict(zip(ranked.token_ids.tolist(), ranked.counts.tolist(), strict=True))
+    assert calibrate("tiny", "--texts", folder_of_texts, "--output", output).exit_code == 0
+    (ranked,) = RankedVocabulary.read(output).lists
+    plain = dict(zip(ranked.token_ids.tolist(), ranked.counts.tolist(), strict=True))
+    for token in (often.most_common(1)[0][0], int(ranked.token_ids[-1])):
+        more_often = often[token] / often.total() > plain[token] / ranked.num_tokens
+        assert (mixed[token] > plain[token]) == more_often
     assert all(0 <= row["generated"] <= row["generated_dynamic"] <= 1 for row in rows)
 
 
@@ -393,11 +392,27 @@ def test_the_largest_of_nearly_equal_sizes_is_recommended() -> None:
     assert vocabulary.recommend(rows) == 2048
 
 
-def test_mixed_counts_keep_order_and_weight() -> None:
-    text, generated = np.array([900, 90, 10, 0, 0]), np.array([0, 50, 0, 50, 0])
-    mixed = vocabulary.merge(text, generated, weight=0.5)
-    assert mixed.tolist() == [495, 325, 6, 275, 0]  # half of each law, of 1,100 tokens
+def test_generated_text_weighs_as_much_as_there_is_of_it() -> None:
+    text = np.array([900, 90, 10, 0, 0])
+    little, much = np.array([0, 25, 0, 25, 0]), np.array([0, 500, 0, 500, 0])
+    assert vocabulary._TOKENS_OF_TEXT * len(text) == 50
+    mixed = vocabulary.merge(text, little)  # half of each law, of 1,050 tokens
+    assert mixed.tolist() == [473, 310, 6, 263, 0]
     assert mixed.dtype == np.int64
+    mixed = vocabulary.merge(text, much)
+    assert mixed[1] > mixed[3] > mixed[0] > mixed[2] > mixed[4] == 0
+    assert vocabulary.merge(text, np.zeros(5, np.int64)).tolist() == text.tolist()
+
+
+def test_generations_are_measured_after_their_prompts() -> None:
+    prompts = [np.array([i, i]) for i in range(11)]
+    written = [np.array([i, 50]) for i in range(11)]
+    counted, held_out = vocabulary.split_generations(prompts, written)
+    assert [w[0] for w in counted] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [(r.token_ids.tolist(), r.start) for r in held_out] == [
+        ([0, 0, 0, 50], 2),
+        ([10, 10, 10, 50], 2),
+    ]
 
 
 @pytest.mark.parametrize("dynamic_tokens", [0, 1, 5])
@@ -410,10 +425,19 @@ def test_coverage(size: int, dynamic_tokens: int) -> None:
     ranked = rank("en", counts, always, size)
     needed = vocabulary.smallest_size_with(ranked, always, 50)
     inside = {0, *ranked.token_ids[: size - 1].tolist()}
+    requests = [Request(part) for part in parts]
     naive = naive_coverage([part.tolist() for part in parts], inside, dynamic_tokens)
-    found = vocabulary.coverage(needed, parts, size, dynamic_tokens)
+    found = vocabulary.coverage(needed, requests, size, dynamic_tokens)
     assert found == pytest.approx(naive[1 if dynamic_tokens else 0])
     assert vocabulary.coverage(needed, [], size, dynamic_tokens) == 0
+
+
+def test_a_prompts_tokens_are_dynamic_and_not_counted() -> None:
+    needed = np.array([1, 9, 9, 9])  # a vocabulary of 1 has token 0
+    request = Request(np.array([1, 0, 0, 2, 1, 3, 2, 0]), start=3)
+    assert vocabulary.coverage(needed, [request], 1, 0) == pytest.approx(1 / 5)
+    assert vocabulary.coverage(needed, [request], 1, 2) == pytest.approx(2 / 5)
+    assert vocabulary.coverage(needed, [request], 1, 3) == pytest.approx(3 / 5)
 
 
 def test_long_files_are_cut_at_ends_of_lines(

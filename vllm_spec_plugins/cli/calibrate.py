@@ -179,7 +179,7 @@ def vocab(
         from . import calibrate_vocab
 
         calibrate_vocab.run(
-            calibrate_vocab.Request(
+            calibrate_vocab.Job(
                 model,
                 calibrate_vocab.lists_of(texts, lists),
                 output,

@@ -16,7 +16,7 @@ from rich.table import Table
 from vllm_spec_plugins.calibration import vocabulary
 from vllm_spec_plugins.calibration.generations import Engine, Sampling, generate
 from vllm_spec_plugins.calibration.texts import Corpus, TextTokenizer
-from vllm_spec_plugins.calibration.vocabulary import Row, SpeedModel
+from vllm_spec_plugins.calibration.vocabulary import Request, Row, SpeedModel
 from vllm_spec_plugins.draft_vocabulary import (
     RankedList,
     RankedVocabulary,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Job:
     """What the command line asks for.
 
     Attributes:
@@ -63,8 +63,8 @@ class _Counted:
     """One list's tokens: counted, and held out to measure on."""
 
     counts: NDArray[np.int64]
-    text: list[NDArray[np.int64]]
-    generated: list[NDArray[np.int64]]
+    text: list[Request]
+    generated: list[Request]
     summary: str
 
 
@@ -85,28 +85,26 @@ def lists_of(texts: Sequence[str], named: Sequence[str]) -> dict[str, list[str]]
     return lists
 
 
-def run(request: Request) -> None:
+def run(job: Job) -> None:
     """Everything the command does.
 
     Raises:
         SpecPluginsError: What was asked for cannot be done.
     """
     console = Console()
-    if request.output.suffix != ".safetensors":
-        raise SpecPluginsError(f"--output must end in .safetensors, got {request.output}.")
-    folder, _ = model_to_serve(request.model, request.engine.threads)
+    if job.output.suffix != ".safetensors":
+        raise SpecPluginsError(f"--output must end in .safetensors, got {job.output}.")
+    folder, _ = model_to_serve(job.model, job.engine.threads)
     tokenizer = TextTokenizer(folder)
     vocab_size = vocabulary.vocab_size_of(folder)
     always = vocabulary.control_token_ids(folder, tokenizer, vocab_size)
     fingerprint = tokenizer_fingerprint(folder) or ""
     body, head = vocabulary.weights_of(folder, vocab_size)
-    model = SpeedModel(body, head, vocab_size, draft_share=request.draft_share)
-    corpora = {name: Corpus(sources) for name, sources in request.lists.items()}
+    model = SpeedModel(body, head, vocab_size, draft_share=job.draft_share)
+    corpora = {name: Corpus(sources) for name, sources in job.lists.items()}
 
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    states = {
-        name: request.output.with_name(f"{request.output.name}.{name}.counting") for name in corpora
-    }
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    states = {name: job.output.with_name(f"{job.output.name}.{name}.counting") for name in corpora}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -130,27 +128,27 @@ def run(request: Request) -> None:
         }
         results = {
             name: _with_generations(
-                request, folder, tokenizer, name, corpora[name], counted[name], progress
+                job, folder, tokenizer, name, corpora[name], counted[name], progress
             )
             for name in corpora
         }
 
     ranked, rows = [], []
     for name, result in results.items():
-        found, measured = _ranked(name, result, always, model, request)
+        found, measured = _ranked(name, result, always, model, job)
         ranked.append(found)
         rows += measured
     summary = "; ".join(f"{name}: {result.summary}" for name, result in results.items())
     written = RankedVocabulary(
-        vocab_size, always, tuple(ranked), fingerprint, f"{Path(request.model).name}, {summary}"
+        vocab_size, always, tuple(ranked), fingerprint, f"{Path(job.model).name}, {summary}"
     )
-    written.write(request.output)
-    table = request.output.with_suffix(".json")
-    table.write_text(json.dumps(_as_json(written, rows, model, request), indent=2) + "\n")
+    written.write(job.output)
+    table = job.output.with_suffix(".json")
+    table.write_text(json.dumps(_as_json(written, rows, model, job), indent=2) + "\n")
     for state in states.values():
         state.unlink(missing_ok=True)
-    _show(console, written, rows, model, request)
-    _plot(console, written, rows, model, request)
+    _show(console, written, rows, model, job)
+    _plot(console, written, rows, model, job)
 
 
 def _teller(progress: Progress, task: TaskID) -> Any:
@@ -158,7 +156,7 @@ def _teller(progress: Progress, task: TaskID) -> Any:
 
 
 def _with_generations(
-    request: Request,
+    job: Job,
     folder: Path,
     tokenizer: TextTokenizer,
     name: str,
@@ -168,23 +166,24 @@ def _with_generations(
 ) -> _Counted:
     """A list's counts with the target's own text among them, if that was asked for."""
     summary = f"{counted.counts.sum():,} tokens of {', '.join(corpus.sources)}"
-    if not request.generations:
-        return _Counted(counted.counts, counted.held_out, [], summary)
-    prompts = vocabulary.prompts(tokenizer, corpus, request.generations)
+    text = [Request(token_ids) for token_ids in counted.held_out]
+    if not job.generations:
+        return _Counted(counted.counts, text, [], summary)
+    prompts = vocabulary.prompts(tokenizer, corpus, job.generations)
     task = progress.add_task(f"generating {name}", total=len(prompts))
     written = generate(
         folder,
         prompts,
-        request.output.parent,
-        request.sampling,
-        request.engine,
+        job.output.parent,
+        job.sampling,
+        job.engine,
         _teller(progress, task),
     )
-    to_count, held_out = vocabulary.split_generations(written)
+    to_count, held_out = vocabulary.split_generations(prompts, written)
     of_target = np.bincount(np.concatenate(to_count), minlength=len(counted.counts))
     return _Counted(
         vocabulary.merge(counted.counts, of_target),
-        counted.held_out,
+        text,
         held_out,
         f"{summary}, {of_target.sum():,} written by the model",
     )
@@ -195,38 +194,38 @@ def _ranked(
     result: _Counted,
     always: NDArray[np.int64],
     model: SpeedModel,
-    request: Request,
+    job: Job,
 ) -> tuple[RankedList, list[Row]]:
     """A list with its recommended size, and the rows it is chosen from."""
     ranked = rank(name, result.counts, always, 0)
     longest = len(always) + len(ranked.token_ids)
-    if request.size is not None and not len(always) < request.size <= longest:
+    if job.size is not None and not len(always) < job.size <= longest:
         raise SpecPluginsError(
-            f'--size {request.size}: list "{name}" can have {len(always) + 1} to {longest} tokens, '
+            f'--size {job.size}: list "{name}" can have {len(always) + 1} to {longest} tokens, '
             f"{len(always)} of them control tokens."
         )
     sizes = vocabulary.sizes_to_try(model.vocab_size, len(always), longest)
-    if request.size is not None:
-        sizes = sorted({*sizes, request.size})
+    if job.size is not None:
+        sizes = sorted({*sizes, job.size})
     rows = list(
         vocabulary.measure(
-            ranked, always, result.text, result.generated, request.dynamic_tokens, model, sizes
+            ranked, always, result.text, result.generated, job.dynamic_tokens, model, sizes
         )
     )
-    size = request.size or vocabulary.recommend(rows)
+    size = job.size or vocabulary.recommend(rows)
     return rank(name, result.counts, always, size), rows
 
 
 def _as_json(
-    written: RankedVocabulary, rows: Sequence[Row], model: SpeedModel, request: Request
+    written: RankedVocabulary, rows: Sequence[Row], model: SpeedModel, job: Job
 ) -> dict[str, Any]:
     return {
         "description": written.description,
         "vocab_size": written.vocab_size,
         "control_tokens": len(written.always),
         "recommended_sizes": {ranked.name: ranked.recommended_size for ranked in written.lists},
-        "rule": "given" if request.size else model.rule,
-        "dynamic_tokens": request.dynamic_tokens,
+        "rule": "given" if job.size else model.rule,
+        "dynamic_tokens": job.dynamic_tokens,
         "speed_model": {**asdict(model), "whole_vocabulary": model.speed_up(model.vocab_size, 1.0)},
         "rows": [asdict(row) for row in rows],
     }
@@ -237,14 +236,14 @@ def _show(
     written: RankedVocabulary,
     rows: Sequence[Row],
     model: SpeedModel,
-    request: Request,
+    job: Job,
 ) -> None:
     with_generations = any(row.generated is not None for row in rows)
     table = Table(
         title="Share of held-out tokens that a draft vocabulary has",
         caption=f"Predicted with the whole vocabulary: {model.speed_up(model.vocab_size, 1):.3f}x",
     )
-    dynamic = f"and {request.dynamic_tokens} dynamic"
+    dynamic = f"and {job.dynamic_tokens} dynamic"
     table.add_column("list")
     for column in (
         "size",
@@ -266,14 +265,14 @@ def _show(
         )
     console.print(table)
     for ranked in written.lists:
-        chosen = "as asked for" if request.size else f"recommended, {model.rule}"
+        chosen = "as asked for" if job.size else f"recommended, {model.rule}"
         console.print(
             f"{ranked.name}: [bold]{ranked.recommended_size:,}[/bold] of {written.vocab_size:,} "
             f"tokens, {chosen}.",
             highlight=False,
         )
     console.print(
-        f'Wrote {request.output}. Use it: "draft_vocabulary": "{request.output}" beside a proposer '
+        f'Wrote {job.output}. Use it: "draft_vocabulary": "{job.output}" beside a proposer '
         "that takes one (vllm-spec list).",
         highlight=False,
         soft_wrap=True,
@@ -286,7 +285,7 @@ def _plot(
     written: RankedVocabulary,
     rows: Sequence[Row],
     model: SpeedModel,
-    request: Request,
+    job: Job,
 ) -> None:
     """Coverage and predicted speed-up against size."""
     try:
@@ -294,7 +293,7 @@ def _plot(
     except ImportError:
         console.print("No plot: it needs matplotlib (pip install 'vllm-spec-plugins\\[demo]').")
         return
-    path = request.output.with_suffix(".png")
+    path = job.output.with_suffix(".png")
     figure = Figure(figsize=(11, 4.6), layout="constrained", facecolor="white")
     shares, speeds = figure.subplots(1, 2)
     for number, ranked in enumerate(written.lists):
@@ -304,9 +303,9 @@ def _plot(
         label = f"{ranked.name}: " if len(written.lists) > 1 else ""
         lines = (
             ("held-out text", "text", "-", "o"),
-            (f"and {request.dynamic_tokens} dynamic tokens", "text_dynamic", ":", "o"),
+            (f"and {job.dynamic_tokens} dynamic tokens", "text_dynamic", ":", "o"),
             ("the model's own text", "generated", "-", "s"),
-            (f"and {request.dynamic_tokens} dynamic tokens", "generated_dynamic", ":", "s"),
+            (f"and {job.dynamic_tokens} dynamic tokens", "generated_dynamic", ":", "s"),
         )
         for name, attribute, style, marker in lines:
             values = [getattr(row, attribute) for row in own]
@@ -323,7 +322,7 @@ def _plot(
         for axes in (shares, speeds):
             axes.axvline(
                 ranked.recommended_size, color=colour, linestyle="--", linewidth=1,
-                label=f"{label}{'chosen' if request.size else 'recommended'}: "
+                label=f"{label}{'chosen' if job.size else 'recommended'}: "
                 f"{ranked.recommended_size:,}",
             )  # fmt: skip
     speeds.axhline(
@@ -342,6 +341,6 @@ def _plot(
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8)
     shares.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    figure.suptitle(f"Draft vocabulary of {Path(request.model).name}", fontsize=13)
+    figure.suptitle(f"Draft vocabulary of {Path(job.model).name}", fontsize=13)
     figure.savefig(path, dpi=150)
     console.print(f"Wrote {path}.", highlight=False)
