@@ -179,7 +179,7 @@ def test_dynamic_tokens_depend_on_the_text_alone(one_list: str, size: int) -> No
             lengths[name] = min(60, lengths[name] + int(random.integers(1, 12)))
         begin(draft, **{name: texts[name][: lengths[name]] for name in here})
         hidden = hidden_states(len(here))
-        logits, vocabulary = draft.logits(hidden, torch.arange(len(here)))
+        logits, vocabulary = draft.logits(hidden, np.arange(len(here)))
         for i, name in enumerate(here):
             expected = last_used(texts[name][: lengths[name]], ranked, size)
             assert columns(vocabulary, i) == [*ranked, *expected]
@@ -189,6 +189,10 @@ def test_dynamic_tokens_depend_on_the_text_alone(one_list: str, size: int) -> No
             assert vocabulary_alone[0].tolist() == vocabulary[i].tolist()
             torch.testing.assert_close(logits_alone[0], logits[i])
         assert_are_the_heads_own(head, hidden, logits, vocabulary)
+        for requests in (np.arange(len(here))[::-1].copy(), torch.arange(len(here)).flip(0)):
+            logits, turned = draft.logits(hidden, requests)
+            assert turned.tolist() == vocabulary.flip(0).tolist()
+            assert_are_the_heads_own(head, hidden, logits, turned)
 
 
 def test_a_finished_request_leaves_nothing_to_the_next(one_list: str) -> None:

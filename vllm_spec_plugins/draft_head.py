@@ -11,6 +11,7 @@ M = ranked tokens + D; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,8 +100,9 @@ class DraftHead:
 
         Args:
             hidden: `[T, H]` what the head reads: after the final norm.
-            requests: `[T]` int64, index into `begin`'s requests of each row. On the host with
-                several lists, or the device is waited for.
+            requests: `[T]` int64, index into `begin`'s requests of each row. Best on the host:
+                several lists wait for a device otherwise, and rows of dynamic tokens, gathered
+                once a round where all requests draft in order, are gathered in every step.
 
         Returns:
             `[T, M]` float32 logits, and the token ids of their columns as
@@ -117,7 +119,6 @@ class DraftHead:
             vocabulary = self._padded[torch.from_numpy(chosen).to(hidden.device)]
         if self._dynamic is None:
             return logits, vocabulary
-        requests = torch.as_tensor(requests, device=hidden.device)
         dynamic_logits, dynamic_ids = self._dynamic.logits(hidden, requests)
         if vocabulary.ndim == 1:
             vocabulary = vocabulary.expand(len(hidden), -1)
@@ -177,6 +178,23 @@ class _ListChoice:
             self._chosen.pop(request_id, None)
 
 
+@dataclass(frozen=True, slots=True)
+class _DynamicRows:
+    """Rows of the head for the dynamic tokens of T draft rows.
+
+    Attributes:
+        weight: `[T, D, H]`.
+        bias: `[T, D]` or None.
+        token_ids: `[T, D]` int64, -1 where a request has fewer.
+        unused: `[T, D]` bool, where the token id is -1.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    token_ids: Tensor
+    unused: Tensor
+
+
 class _DynamicTokens:
     """The D tokens each request used last that are not in its list, and their rows of the head.
 
@@ -211,7 +229,9 @@ class _DynamicTokens:
         #: `[places, D]` what is handed out: tokens sorted, -1s last, and which rows are theirs.
         self._sorted_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._sorted_rows = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._round = torch.zeros(0, dtype=torch.int64, device=device)
+        #: `[R]` places of the round's requests, and their rows of the head once gathered.
+        self._round = np.zeros(0, np.int64)
+        self._gathered: _DynamicRows | None = None
 
     def begin(
         self,
@@ -222,7 +242,8 @@ class _DynamicTokens:
         num_tokens: NDArray[np.int64],
     ) -> None:
         places = np.fromiter(map(self._place, request_ids), np.int64, len(request_ids))
-        self._round = torch.from_numpy(places).to(self._device)
+        if not np.array_equal(places, self._round):
+            self._round, self._gathered = places, None
 
         # What is new, all requests end to end.
         first = self._num_read[places]
@@ -247,14 +268,26 @@ class _DynamicTokens:
             columns.append(place * self.size + new)
         self._fetch(np.concatenate(columns))
         self._publish(places[changed])
+        self._gathered = None
 
-    def logits(self, hidden: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, hidden: Tensor, requests: Tensor | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """`[T, D]` float32 logits and token ids; -inf and -1 where a request has fewer."""
-        places = self._round[requests]
+        count = len(self._round)
+        if isinstance(requests, np.ndarray) and np.array_equal(requests, np.arange(count)):
+            rows = self._gathered = self._gathered or self._gather(self._round)
+        elif isinstance(requests, np.ndarray):
+            rows = self._gather(self._round[requests])
+        else:
+            rows = self._gather(torch.from_numpy(self._round).to(self._device)[requests])
+        logits = self._head.row_logits(hidden, rows.weight, rows.bias)
+        return logits.masked_fill(rows.unused, -torch.inf), rows.token_ids
+
+    def _gather(self, places: NDArray[np.int64] | Tensor) -> _DynamicRows:
+        if isinstance(places, np.ndarray):
+            places = torch.from_numpy(places).to(self._device)
         rows, token_ids = self._sorted_rows[places], self._sorted_ids[places]
         bias = None if self._bias is None else self._bias[rows]
-        logits = self._head.row_logits(hidden, self._weight[rows], bias)
-        return logits.masked_fill(token_ids < 0, -torch.inf), token_ids
+        return _DynamicRows(self._weight[rows], bias, token_ids, token_ids < 0)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         gone = [self._places.pop(r) for r in request_ids if r in self._places]
@@ -264,6 +297,7 @@ class _DynamicTokens:
             self._token_ids[gone] = -1
             self._last_used[gone] = -1
             self._sorted_ids[torch.tensor(gone, device=self._device)] = -1
+            self._gathered = None
 
     def _place(self, request_id: str) -> int:
         place = self._places.get(request_id)
