@@ -235,15 +235,16 @@ def write_adapter(
     Raises:
         ValueError: A weight is missing, left over, or of another shape.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if shapes != card.tensor_shapes():
         raise ValueError(f"weights {shapes} are not those of the card: {card.tensor_shapes()}")
     tensors = {**weights, "probe.embedding": probes.embedding, "probe.rotation": probes.rotation}
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(card)}
-    save_file(
+    data = save(
         {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()},
-        str(path),
         metadata={_METADATA: json.dumps(values)},
     )
+    # `save_file` would leave it unreadable to a server that runs as another user.
+    Path(path).write_bytes(data)
