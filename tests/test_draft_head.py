@@ -210,6 +210,21 @@ def test_a_finished_request_leaves_nothing_to_the_next(one_list: str) -> None:
     assert torch.isinf(logits[0, 6:]).all()
 
 
+def test_made_in_inference_mode_and_used_outside_of_it(one_list: str) -> None:
+    """As an engine does, with weights that could learn."""
+    head = TorchHead(with_bias=True)
+    head.weight = torch.nn.Parameter(head.weight)
+    with torch.inference_mode():
+        draft = draft_head(head, one_list, dynamic_tokens=2)
+    begin(draft, a=[50, 51])
+    logits, _ = draft.logits(hidden_states(1), np.array([0]))
+    assert not logits.requires_grad
+    with torch.inference_mode():
+        begin(draft, a=[50, 51, 52])
+        draft.logits(hidden_states(1), np.array([0]))
+    draft.finish(["a"])
+
+
 def test_ids_the_head_does_not_have_are_passed_over(one_list: str, two_lists: str) -> None:
     """Placeholders of images and embeddings."""
     for file in (one_list, two_lists):

@@ -33,6 +33,7 @@ class DraftHead:
     requests go.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         head: LanguageModelHead,
@@ -68,6 +69,7 @@ class DraftHead:
         dynamic = self._dynamic.size if self._dynamic else 0
         return self._padded.shape[1] + dynamic
 
+    @torch.no_grad()
     def begin(
         self,
         request_ids: Sequence[str],
@@ -95,6 +97,7 @@ class DraftHead:
             chosen = np.zeros(len(rows), np.int64) if self._choice is None else self._choice.round
             self._dynamic.begin(request_ids, chosen, token_history, rows, num_tokens)
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor, requests: Tensor | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Logits of one draft step.
 
@@ -224,11 +227,16 @@ class _DynamicTokens:
         self._last_used = np.full(shape, -1, np.int64)
         # Any row: it shows the type, and whether there is a bias.
         weight, bias = head.rows(torch.zeros(1, dtype=torch.int64, device=device))
-        self._weight = weight.new_zeros(max_num_requests * size, weight.shape[1])
-        self._bias = None if bias is None else bias.new_zeros(max_num_requests * size)
-        #: `[places, D]` what is handed out: tokens sorted, -1s last, and which rows are theirs.
-        self._sorted_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self._sorted_rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        # Written to later, whether or not that is in inference mode as this may be.
+        with torch.inference_mode(False):
+            rows = max_num_requests * size
+            self._weight = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=device)
+            self._bias = (
+                None if bias is None else torch.zeros(rows, dtype=bias.dtype, device=device)
+            )
+            #: `[places, D]` what is handed out: tokens sorted, -1s last; and which rows are theirs.
+            self._sorted_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
+            self._sorted_rows = torch.zeros(shape, dtype=torch.int64, device=device)
         #: `[R]` places of the round's requests, and their rows of the head once gathered.
         self._round = np.zeros(0, np.int64)
         self._gathered: _DynamicRows | None = None
