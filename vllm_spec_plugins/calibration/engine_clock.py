@@ -99,7 +99,7 @@ def measure_costs(
     batches: Sequence[int],
     temperatures: Sequence[float],
     sublayers: bool = False,
-    on_engine: Callable[[str, int, int], None] | None = None,
+    on_engine: Callable[[int, str], None] | None = None,
 ) -> list[RoundCosts]:
     """Start engines and time them.
 
@@ -111,29 +111,37 @@ def measure_costs(
         batches: Numbers of requests.
         temperatures: Of the requests.
         sublayers: Whether to time what leaving out attention or feed-forward networks saves.
-        on_engine: Told which engine starts, how many are done, and of how many.
+        on_engine: Told how many engines are done, and which one starts.
 
     Raises:
         SpecPluginsError: An engine cannot run; with the end of what it said.
     """
-    inner = tuple(range(1, num_layers - 1))
-    passes = [DraftPass(e) for e in exits_to_time(exits, num_layers)]
-    if sublayers and inner:
-        passes.append(DraftPass(num_layers, skip_attention=inner))
-        passes.append(DraftPass(num_layers, skip_ffn=inner))
-    if choice.adapter:
-        passes.append(DraftPass(choice.adapter[1], adapter=True))
-    engines: list[DraftPass | None] = [None, *passes]
+    engines = engines_to_time(choice, exits, num_layers, sublayers)
     timed: dict[DraftPass | None, list[Timed]] = {}
     for done, engine in enumerate(engines):
         if on_engine is not None:
-            on_engine(f"exit {engine}" if engine else "plain decoding", done, len(engines))
+            on_engine(done, f"exit {engine}" if engine else "plain decoding")
         timed[engine] = _in_process(choice, engine, most, batches, temperatures)
     return [
         _fit(timed, batch, temperature, num_layers)
         for batch in batches
         for temperature in temperatures
     ]
+
+
+def engines_to_time(
+    choice: EngineChoice, exits: Sequence[int], num_layers: int, sublayers: bool
+) -> list[DraftPass | None]:
+    """What is timed, each in an engine of its own; None: plain decoding."""
+    inner = tuple(range(1, num_layers - 1))
+    engines: list[DraftPass | None] = [None]
+    engines += [DraftPass(e) for e in exits_to_time(exits, num_layers)]
+    if sublayers and inner:
+        engines.append(DraftPass(num_layers, skip_attention=inner))
+        engines.append(DraftPass(num_layers, skip_ffn=inner))
+    if choice.adapter:
+        engines.append(DraftPass(choice.adapter[1], adapter=True))
+    return engines
 
 
 def exits_to_time(exits: Sequence[int], num_layers: int) -> list[int]:

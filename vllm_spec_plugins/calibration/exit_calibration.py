@@ -29,7 +29,7 @@ from .adapter import sample_windows
 from .adapter_block import load_block
 from .draft_pass import DraftPass
 from .draft_table import Judged, Recommendation, Row, recommend, rows_of
-from .engine_clock import EngineChoice, measure_costs
+from .engine_clock import EngineChoice, engines_to_time, measure_costs
 from .exits import (
     Adapter,
     Agreement,
@@ -403,7 +403,8 @@ def _costs(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = work / f"costs-{name}.json"
     if not path.exists():
-        with progress.stage("timing vLLM", 1) as step:
+        engines = engines_to_time(choice, exits, num_layers, request.search_skips)
+        with progress.stage("timing engines", len(engines)) as step:
             costs = measure_costs(
                 choice,
                 exits,
@@ -412,7 +413,7 @@ def _costs(
                 request.batches,
                 temperatures,
                 request.search_skips,
-                lambda what, done, of: step(done, f"{what} ({done + 1} of {of} engines)"),
+                step,
             )
         text = json.dumps([cost.as_dict() for cost in costs], indent=2) + "\n"
         work.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -183,8 +184,8 @@ class MeasurementStore:
         try:
             with np.load(path) as stored:
                 found = Agreement(**{field.name: stored[field.name] for field in fields(Agreement)})
-        except (OSError, ValueError, KeyError):
-            pass  # absent, or of a run that was killed
+        except (OSError, ValueError, KeyError, BadZipFile):
+            pass  # absent, or cut short
         else:
             self.reused += 1
             return found

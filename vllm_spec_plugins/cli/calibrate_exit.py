@@ -174,12 +174,11 @@ def _logged(name: str, total: int) -> Callable[[int, str], None]:
 def _table(report: Report, request: Request, batch: int) -> Table:
     """One line per draft pass and temperature: its best draft length."""
     table = Table(title=f"{_requests(batch)}: each pass at its best draft length k")
-    for heading, justify in (
-        ("layers run", "left"), ("T", "right"), ("agree", "right"), ("overlap", "right"),
-        ("k", "right"), ("tokens/round", "right"), ("draft step", "right"),
-        ("round", "right"), ("speed-up", "right"),
+    table.add_column("layers run")
+    for heading in (
+        "T", "agree", "overlap", "k", "tokens/round", "draft step", "round", "speed-up",
     ):  # fmt: skip
-        table.add_column(heading, justify=justify, no_wrap=heading != "layers run")
+        table.add_column(heading, justify="right", no_wrap=True)
     best = {t: best_of_each(report.rows, batch, t) for t in request.temperatures}
     chosen = report.recommendation.rows[0].draft_pass if report.recommendation.pays else None
     for draft_pass in sorted({row.draft_pass for row in report.rows}):
