@@ -130,7 +130,8 @@ class ExitSelection:
     _INITIAL_POSITIONS = 2.0
     #: Discount, at each observation, of the mean over all requests.
     _MEAN_DISCOUNT = 0.99
-    #: What another exit must promise beyond the present one, as a share of the step's tokens.
+    #: What another exit must yield beyond the present one, as a share of the tokens that the
+    #: time of a plain step is worth.
     _MARGIN = 0.01
     #: A request that drafts nothing, and of which nothing is heard, drafts one token after so
     #: many rounds: for proposers that observe only where they drafted.
@@ -204,22 +205,14 @@ class ExitSelection:
         )
         if not use_thresholds:
             tokens, verifying, drafting = tokens[:, :1], verifying[:, :1], drafting[:, :1]
-        # Tokens per cost of the step, by Dinkelbach's method: at the best speed that one length
-        # for all can reach, each request takes the length with the most tokens - speed x cost.
-        count = len(evidence)
-        waiting = count * drafting
-        speed = float((tokens.sum(axis=-1) / (verifying.sum(axis=-1) + waiting)).max())
-        gains = tokens - speed * verifying
-        best = gains.copy()  # of at most so many tokens
-        for j in range(1, len(best)):
-            np.maximum(best[j], best[j - 1], out=best[j])
-        values = best.sum(axis=-1) - speed * waiting  # [K+1, 2, E]
+        gains, values, speed = step_values(tokens, verifying, drafting)
         exit_ = 0
         if layer is None:
-            exit_ = self._best_exit(values.max(axis=(0, 1)), self._MARGIN * speed * count)
+            margin = self._MARGIN * speed * len(evidence)
+            exit_ = self._best_exit(values.max(axis=(0, 1)), margin)
         longest, rule = divmod(int(values[..., exit_].argmax()), values.shape[1])
         lengths = gains[: longest + 1, rule, exit_].argmax(axis=0)
-        thresholds = np.zeros(count)
+        thresholds = np.zeros(len(lengths))
         if rule:
             thresholds = self._half_way(evidence[..., [exit_]])[:, 0]
         chosen = self.layers[exit_] if layer is None else layer
@@ -239,15 +232,16 @@ class ExitSelection:
         """Learn from verified positions, whether tokens were drafted there or not.
 
         Every position whose token stands belongs here, or all those of some steps chosen
-        without looking: leaving out what followed a rejection would overrate the exits.
+        without looking: leaving out where a draft failed would overrate the exits. Requests
+        not seen before are taken in, so this is for those of the present step.
 
         Args:
             request_ids: `[R]`.
             of_request: `[N]` index into `request_ids`; a request may have no position.
             agreement: `[N, E]` chance, in [0, 1], that the draft of each exit is accepted there:
-                1 or 0 where the target is greedy; min(1, q(y) / p(y)) at the emitted token y
-                where it samples, whose mean is sum_x min(p(x), q(x)).
-            confidences: `[N, E]` probability, under each exit, of the token it would draft.
+                1 or 0 where the target is greedy; where it samples, an estimate whose mean is
+                sum_x min(p(x), q(x)), like min(1, p(x) / q(x)) of a token x drawn from q.
+            confidences: `[N, E]` probability, under each exit, of the token it would draft, x.
         """
         if not len(of_request):
             return
@@ -358,6 +352,34 @@ def expected(
     verifying = costs @ drafted.reshape(len(verify), -1)
     drafting = waited_for.cumsum(axis=0) * draft
     return tokens.reshape(shape), verifying.reshape(shape), drafting
+
+
+def step_values(
+    tokens: NDArray[np.float64], verifying: NDArray[np.float64], drafting: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """How much better than its time is worth a step is, for each way to draft in it.
+
+    Dinkelbach's method for the largest ratio of tokens to cost, one iteration of it: the speed
+    is the best that one length for all requests can reach, and at that price of time each
+    request takes its own best length, none longer than the longest that is drafted.
+
+    Args:
+        tokens: `[K+1, 2, E, R]` as `expected` returns it, like the other two.
+        verifying: `[K+1, 2, E, R]`.
+        drafting: `[K+1, 2, E]`.
+
+    Returns:
+        `[K+1, 2, E, R]` tokens of each request, less its verification at that price;
+        `[K+1, 2, E]` the sum of the best of those up to each length, less the drafting;
+        the speed: tokens per cost, 1 or more.
+    """
+    waiting = drafting * tokens.shape[-1]
+    speed = float((tokens.sum(axis=-1) / (verifying.sum(axis=-1) + waiting)).max())
+    gains = tokens - speed * verifying
+    best = gains.copy()
+    for j in range(1, len(best)):
+        np.maximum(best[j], best[j - 1], out=best[j])
+    return gains, best.sum(axis=-1) - speed * waiting, speed
 
 
 class ExitController(LengthController):

@@ -1,0 +1,376 @@
+"""Exit selection: expected tokens per cost, what is learned, and the best choice for a batch."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from vllm_spec_plugins.exit_selection import ExitCosts, ExitSelection, expected, step_values
+
+LAYERS = (2, 4, 8)
+MOST = 6
+chances = st.floats(0, 1)
+
+
+def costs(draft: list[float], verify: list[float]) -> ExitCosts:
+    return ExitCosts(np.ones(1, dtype=np.int64), np.array([draft]), np.array([verify]))
+
+
+def linear(slope: float, *draft: float) -> ExitCosts:
+    return costs(list(draft), (1 + slope * np.arange(MOST + 1)).tolist())
+
+
+CHEAP = linear(0.01, 0.02, 0.04, 0.08)
+DEAR = linear(0.05, 0.2, 0.3, 0.55)
+HOPELESS = linear(0.5, 0.6, 0.8, 1.2)
+
+
+def selection(exit_costs: ExitCosts = DEAR, **options: float) -> ExitSelection:
+    return ExitSelection(LAYERS, exit_costs, MOST, max_num_requests=4, **options)
+
+
+def teach(
+    learner: ExitSelection,
+    rates: dict[str, tuple[float, ...]],
+    rounds: int = 400,
+    seed: int = 0,
+    informative: bool = False,
+) -> None:
+    """Verified positions, two for each request and round, at known rates."""
+    generator = np.random.default_rng(seed)
+    names = list(rates)
+    chance = np.repeat(np.array(list(rates.values())), 2, axis=0)
+    of_request = np.repeat(np.arange(len(names)), 2)
+    for _ in range(rounds):
+        agreement = (generator.random(chance.shape) < chance).astype(np.float32)
+        noise = generator.random(chance.shape)
+        sure = np.where(agreement > 0, 0.7 + 0.3 * noise, 0.5 * noise)
+        learner.observe(names, of_request, agreement, sure if informative else noise)
+
+
+# --- costs ---
+
+
+def test_costs_from_layers() -> None:
+    made = ExitCosts.from_layers((2, 8), num_layers=16, head_layers=1, most=3)
+    draft, verify = made.at(5)
+    assert draft == pytest.approx([3 / 17, 9 / 17])
+    assert verify.tolist() == [1, 1, 1, 1]
+
+
+def test_costs_are_interpolated_between_batch_sizes() -> None:
+    made = ExitCosts(
+        np.array([1, 4, 16]),
+        np.array([[0.1, 0.2], [0.2, 0.4], [0.4, 0.4]]),
+        np.array([[1.0, 1.0], [1.0, 1.3], [1.0, 1.9]]),
+    )
+    for size, draft, verify in (
+        (1, [0.1, 0.2], [1, 1.0]),
+        (2, [0.1 + 0.1 / 3, 0.2 + 0.2 / 3], [1, 1.1]),
+        (10, [0.3, 0.4], [1, 1.6]),
+        (16, [0.4, 0.4], [1, 1.9]),
+        (900, [0.4, 0.4], [1, 1.9]),
+    ):
+        at = made.at(size)
+        assert at[0] == pytest.approx(draft)
+        assert at[1] == pytest.approx(verify)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "draft", "verify", "message"),
+    [
+        ([], [], [], "rising and not empty"),
+        ([4, 1], [[0.1], [0.1]], [[1.0], [1.0]], "rising"),
+        ([1], [[0.0]], [[1.0]], "draft must be positive"),
+        ([1], [[0.1]], [[1.0, -2.0]], "verify must be positive"),
+        ([1, 2], [[0.1]], [[1.0], [1.0]], "row for each of 2"),
+        ([1], [[0.1]], [[1.1, 1.2]], "verify\\[:, 0\\] must be 1"),
+    ],
+)
+def test_impossible_costs(sizes: list, draft: list, verify: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExitCosts(np.array(sizes), np.array(draft), np.array(verify))
+
+
+def test_costs_must_be_of_the_exits() -> None:
+    with pytest.raises(ValueError, match="of 3 exits and up to 6 draft tokens"):
+        ExitSelection((2, 4), DEAR, MOST, 4)
+    with pytest.raises(ValueError, match="3 exits and up to 9 draft tokens"):
+        ExitSelection(LAYERS, DEAR, 9, 4)
+    assert ExitSelection(LAYERS, DEAR, 3, 4).choose(["a"]).lengths.max() <= 3
+
+
+# --- expected tokens and costs ---
+
+
+@given(st.floats(0, 0.999), st.floats(0.01, 2), st.floats(0, 1))
+def test_expected_without_thresholds_is_dels_formula(a: float, draft: float, slope: float) -> None:
+    d = np.arange(MOST + 1)
+    one = np.array([[a]])
+    tokens, verifying, drafting = expected(one, one, one, np.array([draft]), 1 + slope * d)
+    assert tokens[:, 0, 0, 0] == pytest.approx((1 - a ** (d + 1)) / (1 - a))
+    per_cost = tokens[:, 0, 0, 0] / (verifying[:, 0, 0, 0] + drafting[:, 0, 0])
+    assert per_cost == pytest.approx((1 - a ** (d + 1)) / (1 - a) / (1 + slope * d + draft * d))
+
+
+def test_expected_with_thresholds_is_what_happens() -> None:
+    # Chances of (confident, accepted) for each of two requests.
+    laws = np.array([[[0.2, 0.1], [0.1, 0.6]], [[0.15, 0.35], [0.2, 0.3]]])
+    accepted, confident, both = laws[:, :, 1].sum(1), laws[:, 1].sum(1), laws[:, 1, 1]
+    verify = np.array([1, 1.1, 1.15, 1.4])
+    tokens, verifying, drafting = expected(
+        accepted[None], confident[None], both[None], np.array([0.2]), verify
+    )
+    generator = np.random.default_rng(0)
+    rounds = 400_000
+    sure = np.empty((rounds, 2, 3), dtype=bool)
+    right = np.empty((rounds, 2, 3), dtype=bool)
+    for request, law in enumerate(laws):
+        drawn = generator.choice(4, size=(rounds, 3), p=law.ravel())
+        sure[:, request], right[:, request] = drawn >= 2, drawn % 2 == 1
+    goes_on = np.concatenate([np.ones((rounds, 2, 1), dtype=bool), sure[..., :2]], axis=2)
+    reached = goes_on.cumprod(axis=2)
+    for most in range(4):
+        drafted = reached[..., :most].sum(axis=2)
+        emitted = 1 + (reached[..., :most] * right[..., :most].cumprod(axis=2)).sum(axis=2)
+        assert emitted.mean(axis=0) == pytest.approx(tokens[most, 1, 0], abs=0.01)
+        assert verify[drafted].mean(axis=0) == pytest.approx(verifying[most, 1, 0], abs=0.005)
+        steps = drafted.max(axis=1).mean()
+        assert 0.2 * steps == pytest.approx(drafting[most, 1, 0], abs=0.005)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(chances, chances), min_size=1, max_size=5),
+    st.floats(0.01, 1),
+    st.floats(0, 0.5),
+)
+def test_own_lengths_are_never_worse_than_one_for_all(
+    rates: list[tuple[float, float]], draft: float, slope: float
+) -> None:
+    d = np.arange(5)
+    a = np.array(rates).T
+    tokens, verifying, drafting = (
+        table[:, :1]
+        for table in expected(a, a * 0 + 1, a, np.array([draft, 2 * draft]), 1 + slope * d)
+    )
+    gains, values, speed = step_values(tokens, verifying, drafting)
+    count = len(rates)
+
+    def per_cost(exit_: int, lengths: NDArray[np.int64]) -> float:
+        of_each = (lengths, 0, exit_, np.arange(count))
+        cost = verifying[of_each].sum() + count * draft * (1 + exit_) * lengths.max()
+        return tokens[of_each].sum() / cost
+
+    common = max(per_cost(e, np.full(count, k)) for e, k in product(range(2), d))
+    assert speed == pytest.approx(common)
+    longest, exit_ = np.unravel_index(values[:, 0].argmax(), (5, 2))
+    own = per_cost(int(exit_), gains[: longest + 1, 0, exit_].argmax(axis=0))
+    assert own >= common - 1e-9
+
+
+# --- the choice ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(chances, chances, chances),
+    st.tuples(st.floats(0.02, 0.5), st.floats(0.02, 0.5), st.floats(0.02, 0.5)),
+    st.floats(0, 0.3),
+)
+def test_one_request_gets_dels_choice(
+    rates: tuple[float, ...], draft: tuple[float, ...], slope: float
+) -> None:
+    learner = selection(linear(slope, *draft))
+    teach(learner, {"a": rates}, rounds=20)
+    (a,) = learner.rates(["a"])
+    choice = learner.choose(["a"], use_thresholds=False)
+    value = {
+        (layer, d): sum(a[e] ** i for i in range(d + 1)) / (1 + slope * d + d * draft[e])
+        for e, layer in enumerate(LAYERS)
+        for d in range(MOST + 1)
+    }
+    assert value[choice.layer, int(choice.lengths[0])] == pytest.approx(max(value.values()))
+    assert choice.thresholds.tolist() == [0]
+
+
+def test_deeper_exits_where_they_are_worth_it() -> None:
+    rising = {"a": (0.3, 0.7, 0.95)}
+    cheap, dear, hopeless = selection(CHEAP), selection(DEAR), selection(HOPELESS)
+    for learner in (cheap, dear, hopeless):
+        teach(learner, rising)
+    assert cheap.choose(["a"]).layer == 8
+    assert cheap.choose(["a"]).lengths.tolist() == [MOST]
+    assert dear.choose(["a"]).layer == 4
+    assert hopeless.choose(["a"]).lengths.tolist() == [0]
+    # An exit that was asked for.
+    assert dear.choose(["a"], 2).layer == 2
+    assert dear.choose(["a"], 2).lengths[0] < dear.choose(["a"], 4).lengths[0]
+
+
+def test_requests_of_a_batch_have_their_own_lengths() -> None:
+    learner = selection(linear(0.1, 0.05, 0.3, 0.5))
+    teach(learner, {"good": (0.95, 0.95, 0.95), "bad": (0.02, 0.02, 0.02)})
+    choice = learner.choose(["bad", "good"])
+    assert choice.layer == 2
+    assert choice.lengths.tolist() == [0, MOST]
+
+
+def test_a_batch_waits_for_its_longest_draft() -> None:
+    # Alone it pays to draft; among seven that gain nothing the step is too dear.
+    learner = ExitSelection((4,), linear(0.05, 0.3), MOST, max_num_requests=8)
+    names = ["good", *(f"bad{i}" for i in range(7))]
+    teach(learner, {name: (0.9 if name == "good" else 0.01,) for name in names})
+    assert learner.choose(["good"]).lengths[0] >= 2
+    assert learner.choose(names).lengths.tolist() == [0] * 8
+
+
+def test_thresholds_where_they_pay() -> None:
+    rates = {"a": (0.7, 0.7, 0.7)}
+    for exit_costs, informative, used in (
+        (DEAR, True, True),
+        (DEAR, False, False),  # confidence tells nothing
+    ):
+        learner = selection(exit_costs)
+        teach(learner, rates, informative=informative)
+        choice = learner.choose(["a"])
+        assert (choice.thresholds[0] > 0) == used
+        if used:
+            assert choice.thresholds[0] == learner.thresholds(["a"])[0, LAYERS.index(choice.layer)]
+            plain = learner.choose(["a"], choice.layer, use_thresholds=False)
+            assert plain.thresholds.tolist() == [0]
+            assert choice.lengths[0] > plain.lengths[0]  # good drafts may be longer
+
+
+def test_the_exit_changes_for_a_margin_only() -> None:
+    learner = ExitSelection((2, 4), linear(0.0, 0.2, 0.2), MOST, 4)
+    layers = []
+    for rates in ((0.7, 0.69), (0.7, 0.703), (0.7, 0.75), (0.753, 0.75), (0.8, 0.75)):
+        for _ in range(400):
+            learner.observe(["a"], np.zeros(1, dtype=int), np.array([rates]), np.ones((1, 2)))
+        layers.append(learner.choose(["a"]).layer)
+    assert layers == [2, 2, 4, 4, 2]
+
+
+# --- what is learned ---
+
+
+def test_rates_converge() -> None:
+    learner = selection(discount=1.0)
+    teach(learner, {"a": (0.2, 0.5, 0.9), "b": (0.6, 0.7, 0.8)}, rounds=3000)
+    assert learner.rates(["a", "b"]) == pytest.approx(
+        np.array([[0.2, 0.5, 0.9], [0.6, 0.7, 0.8]]), abs=0.03
+    )
+
+
+def test_sampled_targets_are_learned_from_the_overlap() -> None:
+    generator = np.random.default_rng(0)
+    p, q = generator.dirichlet(np.ones(8)), generator.dirichlet(np.ones(8), size=3)
+    overlap = np.minimum(p, q).sum(axis=1)
+    drawn, judged = selection(discount=1.0), selection(discount=1.0)
+    for _ in range(2000):
+        x = np.array([generator.choice(8, p=law) for law in q])
+        of_x = q[np.arange(3), x]
+        drawn.observe(["a"], np.zeros(1, dtype=int), np.minimum(1, p[x] / of_x)[None], of_x[None])
+        y = generator.choice(8, p=p)
+        judged.observe(
+            ["a"], np.zeros(1, dtype=int), np.minimum(1, q[:, y] / p[y])[None], of_x[None]
+        )
+    assert drawn.rates(["a"])[0] == pytest.approx(overlap, abs=0.03)
+    assert judged.rates(["a"])[0] == pytest.approx(overlap, abs=0.03)
+
+
+def test_thresholds_lie_half_way() -> None:
+    learner = selection(discount=1.0)
+    agreement = np.array([[1, 1, 0.5], [1, 0, 0.5]])
+    confidences = np.array([[0.9, 0.6, 0.8], [0.7, 0.2, 0.4]])
+    for _ in range(3000):
+        learner.observe(["a"], np.zeros(2, dtype=int), agreement, confidences)
+    # Of exit 0 everything agrees: nothing is known of the confidence of its mistakes.
+    assert learner.thresholds(["a"])[0] == pytest.approx([0.8 / 2, (0.6 + 0.2) / 2, 0.6], abs=0.01)
+
+
+def test_new_request_starts_from_the_mean_of_all() -> None:
+    learner = selection()
+    assert not learner.has_evidence
+    assert learner.rates(["new"]).tolist() == [[0.5, 0.5, 0.5]]
+    teach(learner, {"a": (0.2, 0.5, 0.9), "b": (0.2, 0.5, 0.9)})
+    assert learner.has_evidence
+    assert learner.rates(["newer"])[0] == pytest.approx([0.2, 0.5, 0.9], abs=0.08)
+    alone = learner.choose(["newest"])
+    assert learner.choose(()).layer == alone.layer
+    assert learner.choose(()).lengths.shape == learner.choose(()).thresholds.shape == (0,)
+
+
+def test_old_evidence_fades() -> None:
+    quick, slow = selection(discount=0.8), selection(discount=1.0)
+    for learner in (quick, slow):
+        teach(learner, {"a": (0.9, 0.9, 0.9)}, rounds=100)
+        teach(learner, {"a": (0.1, 0.1, 0.1)}, rounds=20)
+    assert (quick.rates(["a"]) < 0.55).all()
+    assert (slow.rates(["a"]) > 0.65).all()
+
+
+def test_finish_forgets() -> None:
+    learner = selection()
+    teach(learner, {"a": (0.9, 0.9, 0.9), "b": (0.1, 0.1, 0.1)})
+    before = learner.rates(["b"])
+    learner.finish(["a", "never seen"])
+    assert len(learner._table) == 1
+    assert (learner.rates(["b"]) == before).all()
+    assert learner.rates(["a"]) == pytest.approx(learner.rates(["anyone"]))
+
+
+def test_requests_without_positions_keep_what_they_know() -> None:
+    learner = selection()
+    teach(learner, {"a": (0.2, 0.5, 0.9), "b": (0.9, 0.9, 0.9)})
+    sums = learner._table.values[learner._table.rows(["b"])]
+    none = np.zeros((0, 3))
+    learner.observe(["a", "b"], np.zeros(0, dtype=int), none, none)
+    learner.observe(["b", "a"], np.ones(2, dtype=int), np.ones((2, 3)), np.ones((2, 3)))
+    assert (learner._table.values[learner._table.rows(["b"])] == sums).all()
+
+
+def test_order_of_the_batch_does_not_matter() -> None:
+    generator = np.random.default_rng(1)
+    names = [f"r{i}" for i in range(9)]
+    chance = generator.random((9, 3))
+    forward, shuffled = selection(), selection()
+    for _ in range(60):
+        of_request = np.sort(generator.integers(0, 9, 25))
+        agreement = (generator.random((25, 3)) < chance[of_request]).astype(float)
+        confidences = generator.random((25, 3))
+        forward.observe(names, of_request, agreement, confidences)
+        order = generator.permutation(9)
+        place = np.argsort(order)
+        mixed = np.argsort(place[of_request], kind="stable")
+        moved = [names[i] for i in order]
+        shuffled.observe(moved, place[of_request][mixed], agreement[mixed], confidences[mixed])
+        ours, theirs = forward.choose(names), shuffled.choose(moved)
+        assert ours.layer == theirs.layer
+        assert ours.lengths[order].tolist() == theirs.lengths.tolist()
+        assert ours.thresholds[order] == pytest.approx(theirs.thresholds)
+
+
+def test_probes_only_where_nothing_is_heard() -> None:
+    learner = selection(HOPELESS)
+    teach(learner, {"a": (0.1, 0.1, 0.1), "b": (0.1, 0.1, 0.1)})
+    silent = []
+    for _ in range(200):
+        silent.append(learner.choose(["a", "b"]).lengths.tolist())
+        learner.observe(["b"], np.zeros(1, dtype=int), np.zeros((1, 3)), np.zeros((1, 3)))
+    probes = np.array(silent).sum(axis=0)
+    assert probes.tolist() == [200 // learner._PROBE_EVERY, 0]
+
+
+def test_recovers_from_what_is_seen_without_drafting() -> None:
+    learner = selection(DEAR)
+    teach(learner, {"a": (0.01, 0.02, 0.03)})
+    assert learner.choose(["a"]).lengths.tolist() == [0]
+    teach(learner, {"a": (0.9, 0.9, 0.9)}, rounds=60)
+    assert learner.choose(["a"]).lengths[0] >= 2
