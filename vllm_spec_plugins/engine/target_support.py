@@ -27,7 +27,7 @@ def refuse_unrunnable_layers(name: str, needs: Needs, args: EngineArgs, model: M
         ConfigError: The engine serves LoRA adapters.
         UnsupportedEngineError: The target has a state beside keys and values, or the like.
     """
-    if not Needs.TARGET_LAYERS & ~Needs.LOOKAHEAD_SLOTS & needs:
+    if Needs.TARGET_LAYERS not in needs:
         return
     if args.enable_lora:
         raise ConfigError(
@@ -44,6 +44,7 @@ def refuse_unrunnable_layers(name: str, needs: Needs, args: EngineArgs, model: M
         "shares keys and values between layers": bool(
             getattr(model.hf_text_config, "num_kv_shared_layers", 0)
         ),
+        "compresses keys and values (multi-head latent attention)": model.use_mla,
     }
     for reason, holds in reasons.items():
         if holds:
