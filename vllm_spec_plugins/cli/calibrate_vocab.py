@@ -303,17 +303,17 @@ def _plot(
         label = f"{ranked.name}: " if len(written.lists) > 1 else ""
         lines = (
             ("held-out text", "text", "-", "o"),
-            (f"and {job.dynamic_tokens} dynamic tokens", "text_dynamic", ":", "o"),
+            (f"held-out text, {job.dynamic_tokens} dynamic tokens", "text_dynamic", ":", "o"),
             ("the model's own text", "generated", "-", "s"),
-            (f"and {job.dynamic_tokens} dynamic tokens", "generated_dynamic", ":", "s"),
+            (f"its own text, {job.dynamic_tokens} dynamic tokens", "generated_dynamic", ":", "s"),
         )
         for name, attribute, style, marker in lines:
             values = [getattr(row, attribute) for row in own]
             if values[0] is not None:
-                faded = 0.5 if marker == "s" and attribute.startswith("text") else 1.0
+                behind = own[0].generated is not None and attribute.startswith("text")
                 shares.plot(
                     sizes, values, style, marker=marker, markersize=4, color=colour,
-                    alpha=faded, label=label + name,
+                    alpha=0.45 if behind else 1.0, label=label + name,
                 )  # fmt: skip
         speeds.plot(
             sizes, [row.speed_up for row in own], "-o", markersize=4, color=colour,
