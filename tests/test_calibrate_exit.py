@@ -367,8 +367,11 @@ def test_fit_of_timed_steps() -> None:
     passes |= {DraftPass(4, (), (1, 2)): 3.0, DraftPass(1, adapter=True): 2.5}
     timed: dict[DraftPass | None, list[Timed]] = {None: [Timed(2, 1.0, 0, 10.0, 0.0)]}
     for draft_pass, token in passes.items():
-        timed[draft_pass] = [
-            Timed(2, 1.0, k, step=11 + k + 0.5 + k * token, propose=0.5 + k * token)
+        # The machine was slower while one of them ran.
+        slow = 3.0 if draft_pass == DraftPass(4) else 1.0
+        timed[draft_pass] = [Timed(2, 1.0, 0, slow * 10.5, 0.0)]
+        timed[draft_pass] += [
+            Timed(2, 1.0, k, slow * (11.5 + k + k * token), slow * (0.5 + k * token))
             for k in (1, 2, 4)
         ]
     found = _fit(timed, 2, 1.0, 4)
@@ -376,6 +379,8 @@ def test_fit_of_timed_steps() -> None:
     assert found.draft_step == pytest.approx({1: 2.0, 4: 5.0})
     assert found.verification == pytest.approx({1: 12.5, 2: 13.5, 4: 15.5})
     assert (found.attention, found.ffn, found.adapter) == pytest.approx((0.5, 1.0, 0.5))
+    busy = {**timed, None: [Timed(2, 1.0, 0, 30.0, 0.0)]}
+    assert _fit(busy, 2, 1.0, 4).plain == 10.5
 
 
 def judged(nano: LocalModel, texts: list[Continuation]) -> list[Judged]:

@@ -7,7 +7,9 @@ and temperatures take turns. What `early_exit` takes is read off around its `pro
 of the step is verification.
 
 Of each kind of step the lower quartile counts: whatever else the machine does only adds. On a
-CPU with one thread it is the process's own processor time, which leaves that out altogether.
+CPU with one thread it is the process's own processor time, which leaves most of that out. Every
+engine also decodes without drafts, and engines are scaled to agree on that: a machine that was
+slower while one of them ran does not count against it.
 
 Run as a module this is that process: it reads a job as JSON from its input and writes what it
 timed as JSON to the file the job names.
@@ -166,18 +168,19 @@ def _fit(
         here = [t for t in timed[engine] if (t.batch, t.temperature) == (batch, temperature)]
         return {t.length: t for t in here}
 
+    undrafted = {engine: of(engine)[0].step for engine in timed if engine is not None}
+    usual = statistics.median(undrafted.values())
     verification: dict[int, list[float]] = {}
     per_token: dict[DraftPass, float] = {}
-    for engine in timed:
-        if engine is None:
-            continue
+    for engine, without in undrafted.items():
+        scale = usual / without
         drafted = {k: t for k, t in of(engine).items() if k}
         lengths, seconds = list(drafted), [t.propose for t in drafted.values()]
         # Slope: each token; the rest of drafting happens once a round, as verification does.
         slope = float(np.polyfit(lengths, seconds, 1)[0]) if len(lengths) > 1 else seconds[0]
-        per_token[engine] = slope
+        per_token[engine] = scale * slope
         for k, t in drafted.items():
-            verification.setdefault(k, []).append(t.step - k * slope)
+            verification.setdefault(k, []).append(scale * (t.step - k * slope))
     whole = per_token[DraftPass(num_layers)]
     inner = max(num_layers - 2, 1)
 
@@ -188,7 +191,8 @@ def _fit(
     costs = RoundCosts(
         batch=batch,
         temperature=temperature,
-        plain=of(None)[0].step,
+        # Plain vLLM is no slower than vLLM with us in it: if it was, the machine was.
+        plain=min(of(None)[0].step, usual),
         verification={k: statistics.median(seconds) for k, seconds in verification.items()},
         draft_step={
             e.exit_layer: s for e, s in per_token.items() if not e.num_skipped and not e.adapter
@@ -219,7 +223,7 @@ def _in_process(
             "dtype": choice.dtype,
             "eager": choice.eager,
             "speculative": speculative,
-            "lengths": lengths_to_time(most) if engine else [0],
+            "lengths": [0, *lengths_to_time(most)] if engine else [0],
             "batches": list(batches),
             "temperatures": list(temperatures),
             "output": str(output),

@@ -21,7 +21,7 @@ class RoundCosts:
     Attributes:
         batch: Requests in a step.
         temperature: Theirs; drawing a token costs more than choosing it.
-        plain: A decoding step without drafts, in an engine that never drafts.
+        plain: A decoding step without drafts.
         verification: By number of draft tokens k of each request, a step that verifies them,
             less the time of drafting.
         draft_step: By number of layers run, one draft token of each request: layers, norm,

@@ -174,10 +174,8 @@ def _logged(name: str, total: int) -> Callable[[int, str], None]:
 def _table(report: Report, request: Request, batch: int) -> Table:
     """One line per draft pass and temperature: its best draft length."""
     table = Table(title=f"{_requests(batch)}: each pass at its best draft length k")
-    table.add_column("layers run")
-    for heading in (
-        "T", "agree", "overlap", "k", "tokens/round", "draft step", "round", "speed-up",
-    ):  # fmt: skip
+    table.add_column("layers run", min_width=10, overflow="fold")
+    for heading in ("T", "agree", "overlap", "k", "tokens/round", "draft ms", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
     best = {t: best_of_each(report.rows, batch, t) for t in request.temperatures}
     chosen = report.recommendation.rows[0].draft_pass if report.recommendation.pays else None
@@ -207,10 +205,9 @@ def _cells(row: Row) -> list[str]:
     return [
         f"{row.agreement:.3f}",
         f"{row.overlap:.3f}",
-        f"{row.num_speculative_tokens}" + (", greedy drafts" if greedy else ""),
+        f"{row.num_speculative_tokens}" + (" greedy" if greedy else ""),
         f"{row.acceptance_length:.2f} ± {row.acceptance_length_error:.2f}",
-        f"{row.draft_step_ms:.2f} ms",
-        f"{row.round_ms:.2f} ms",
+        f"{row.draft_step_ms:.2f}",
         f"[{colour}]{row.speedup:.2f}x[/{colour}]",
     ]
 
@@ -348,7 +345,8 @@ def _machine() -> dict[str, Any]:
 
 def _speedups(best: Recommendation) -> str:
     return " and ".join(
-        f"{row.speedup:.2f}x" + (" greedy" if row.temperature == 0 else f" at {row.temperature:g}")
+        f"{row.speedup:.2f}x"
+        + (" greedy" if row.temperature == 0 else f" at temperature {row.temperature:g}")
         for row in best.rows
     )
 
