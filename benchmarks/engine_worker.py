@@ -215,7 +215,7 @@ class Engine:
 
     def run(self, job: Job) -> Timed:
         """Keep `batch` requests running until all prompts are continued."""
-        core = self.llm.llm_engine
+        core: Any = self.llm.llm_engine
         params = self._sampling(job)
         if job.length_control is not None:
             self._use(job)

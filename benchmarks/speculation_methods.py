@@ -62,7 +62,9 @@ class Method:
     @property
     def length(self) -> int | str:
         """Draft tokens per step, or who decides it."""
-        return self.length_control or self.speculative_config["num_speculative_tokens"]
+        if self.length_control in (None, "fixed"):
+            return self.speculative_config["num_speculative_tokens"]
+        return self.length_control
 
 
 def all_methods(

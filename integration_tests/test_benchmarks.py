@@ -1,0 +1,75 @@
+"""`benchmarks/self_speculation.py` runs: its quick mode, on the zoo's smallest model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str, environment: dict[str, str]) -> str:
+    """What a benchmark prints."""
+    finished = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.timeout(1200)  # six engines start, each in a process of its own
+def test_quick_run_measures_every_method_against_plain_decoding(
+    nano_model: Path, engine_environment: dict[str, str], tmp_path: Path
+):
+    del nano_model  # built before anything is timed
+    environment = {**os.environ, **engine_environment}
+    rows_file = tmp_path / "rows.jsonl"
+    arguments = ("--quick", "--output", str(rows_file))
+    run("self_speculation.py", *arguments, environment=environment)
+
+    rows: list[dict[str, Any]] = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    assert set(by_method) == {
+        "draft_model K=2 probabilistic",
+        "early_exit 2 K=2",
+        "early_exit 2 K=2 ranked",
+        "early_exit 2 expected_speedup",
+        "early_exit 2 expected_speedup ranked",
+        "early_exit auto del",
+    }
+    for method_rows in by_method.values():
+        settings = sorted((row["temperature"], row["batch"]) for row in method_rows)
+        assert settings == [(0, 1), (0, 8), (1, 1), (1, 8)]
+    for row in rows:
+        assert row["speed_over_plain"] > 0
+        assert row["full_steps"] > 0
+        if row["temperature"] == 0:
+            same, compared = row["same_text_as_plain"]
+            assert same == compared > 0
+    # A model that drafts for itself is always right; half of its layers are not.
+    assert all(row["acceptance_rate"] == 1 for row in by_method["draft_model K=2 probabilistic"])
+    for row in by_method["early_exit 2 K=2"]:
+        assert 1 < row["acceptance_length"] < 3
+        assert row["drafted_per_draft"] <= 2
+
+    again = run("self_speculation.py", *arguments, environment=environment)
+    assert " 0 rows to measure" in again
+    arguments = ("--model", "nano", "--rows", str(rows_file), "--output", str(tmp_path))
+    run("plot_self_speculation.py", *arguments, environment=environment)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "self_speculation_nano_exits.png",
+        "self_speculation_nano_methods.png",
+    }
