@@ -316,7 +316,7 @@ def every_batch(llm: Any, generate: Callable[..., Any], law: PlainDecoding) -> l
     return sampled_batch(llm, generate, law, 1600) + mixed_batch(llm, generate, law, 400)
 
 
-def costs_of_layers(target: Any, passes: Any, most: int, *ignored: Any) -> Any:
+def costs_of_layers(_target: Any, passes: Any, most: int, *_: Any) -> Any:
     """In place of `exit_timing.measure_costs`: what exits cost a large model."""
     from vllm_spec_plugins.exit_selection import ExitCosts
 

@@ -103,7 +103,7 @@ def one_rank(decode: Callable[..., Decoded], config: dict[str, Any]) -> Decoded:
         return decode(config, 1)
 
 
-def costs_of_layers(target: Any, passes: Any, most: int, *ignored: Any) -> Any:
+def costs_of_layers(target: Any, passes: Any, most: int, *_: Any) -> Any:
     """What is used under tensor parallelism, in place of `exit_timing.measure_costs`."""
     from vllm_spec_plugins.exit_selection import ExitCosts
 

@@ -109,6 +109,8 @@ class V1Adapter:
         self._verification: Verification | None = None
         self._state: Any = None
         self._step_started = 0.0
+        #: Seconds of drafting for the next step, and for the step at hand.
+        self._drafting, self._drafted_for = 0.0, 0.0
 
         self._propose_by_vllm: Callable[..., Any] = runner.propose_draft_token_ids
         self._sample_tokens_by_vllm: Callable[..., Any] = runner.sample_tokens
@@ -291,6 +293,7 @@ class V1Adapter:
         if state is not None and state.spec_decode_metadata is not None:
             self._finish_step(state, output)
         self._verification = None
+        self._drafting, self._drafted_for = 0.0, self._drafting
         return output
 
     def _finish_step(self, state: Any, output: Any) -> None:
@@ -303,8 +306,11 @@ class V1Adapter:
         if self._has_length_control and scheduled.total_num_scheduled_tokens == sum(
             num_draft
         ) + len(num_draft):  # a prompt in the step would tell nothing about drafts
+            # What drafting took counts with the step that verifies the drafts.
+            elapsed = time.perf_counter() - self._step_started
             self.length_control.observe_step_time(
-                scheduled.total_num_scheduled_tokens, time.perf_counter() - self._step_started
+                scheduled.total_num_scheduled_tokens,
+                elapsed - self._drafting + self._drafted_for,
             )
 
     def propose_draft_token_ids(
@@ -341,7 +347,10 @@ class V1Adapter:
         if aux_hidden_states and self._layers:
             self._follow(scheduler_output, sampled_token_ids, num_draft, aux_hidden_states)
         limit = scheduler_output.num_spec_tokens_to_schedule
-        return self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
+        started = time.perf_counter()
+        drafts = self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
+        self._drafting = time.perf_counter() - started
+        return drafts
 
     def _limit_vllm_drafts(self, drafts: Any) -> Any:
         """Per-request choices on drafts of vLLM's own methods, decided before they were drawn."""
