@@ -112,7 +112,8 @@ def test_costs_must_be_of_the_exits() -> None:
 def test_expected_without_thresholds_is_dels_formula(a: float, draft: float, slope: float) -> None:
     d = np.arange(MOST + 1)
     one = np.array([[a]])
-    tokens, verifying, drafting = expected(one, one, one, np.array([draft]), 1 + slope * d)
+    added = expected(one, one, one, np.array([draft]), 1 + slope * d)
+    tokens, verifying, drafting = (table.cumsum(axis=0) for table in added)
     assert tokens[:, 0, 0, 0] == pytest.approx((1 - a ** (d + 1)) / (1 - a))
     per_cost = tokens[:, 0, 0, 0] / (verifying[:, 0, 0, 0] + drafting[:, 0, 0])
     assert per_cost == pytest.approx((1 - a ** (d + 1)) / (1 - a) / (1 + slope * d + draft * d))
@@ -123,9 +124,8 @@ def test_expected_with_thresholds_is_what_happens() -> None:
     laws = np.array([[[0.2, 0.1], [0.1, 0.6]], [[0.15, 0.35], [0.2, 0.3]]])
     accepted, confident, both = laws[:, :, 1].sum(1), laws[:, 1].sum(1), laws[:, 1, 1]
     verify = np.array([1, 1.1, 1.15, 1.4])
-    tokens, verifying, drafting = expected(
-        accepted[None], confident[None], both[None], np.array([0.2]), verify
-    )
+    added = expected(accepted[None], confident[None], both[None], np.array([0.2]), verify)
+    tokens, verifying, drafting = (table.cumsum(axis=0) for table in added)
     generator = np.random.default_rng(0)
     rounds = 400_000
     sure = np.empty((rounds, 2, 3), dtype=bool)
@@ -155,11 +155,9 @@ def test_own_lengths_are_never_worse_than_one_for_all(
 ) -> None:
     d = np.arange(5)
     a = np.array(rates).T
-    tokens, verifying, drafting = (
-        table[:, :1]
-        for table in expected(a, a * 0 + 1, a, np.array([draft, 2 * draft]), 1 + slope * d)
-    )
-    gains, values, speed = step_values(tokens, verifying, drafting)
+    added = expected(a, a * 0 + 1, a, np.array([draft, 2 * draft]), 1 + slope * d)
+    gains, values, speed = step_values(*(table[:, :1] for table in added))
+    tokens, verifying = added[0].cumsum(axis=0), added[1].cumsum(axis=0)
     count = len(rates)
 
     def per_cost(exit_: int, lengths: NDArray[np.int64]) -> float:

@@ -316,10 +316,10 @@ def expected(
     draft: NDArray[np.float64],
     verify: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """What drafts of at most 0 to K tokens yield and cost; first axis of each result, `[K+1]`.
+    """What each further draft token is expected to add to a round; 0 stands for none at all.
 
-    The second axis, of 2, is the rule: all tokens are drafted, or a draft ends at a token that
-    is not confident.
+    The second axis of the results, of 2, is the rule: all tokens are drafted, or a draft ends
+    at a token that is not confident.
 
     Args:
         accepted: `[E, R]` a, chance that a draft token is accepted.
@@ -329,29 +329,24 @@ def expected(
         verify: `[K+1]` cost of verifying so many draft tokens.
 
     Returns:
-        `[K+1, 2, E, R]` tokens of a round, with the one that the target adds;
-        `[K+1, 2, E, R]` cost of verifying it;
+        `[K+1, 2, E, R]` tokens: without any draft, the target's own;
+        `[K+1, 2, E, R]` cost of verifying: without any draft, the plain step;
         `[K+1, 2, E]` cost of drafting, when each step waits for the last of the R requests.
     """
     shape = (len(verify), 2, *accepted.shape)
-    emitted = np.empty(shape)  # [j]: chance that a round has j accepted tokens or more
-    drafted = np.empty(shape)  # [j]: chance that it has j draft tokens or more
-    emitted[0], emitted[1:2] = 1, accepted
-    drafted[:2], drafted[2:, 0] = 1, 1
-    survives = np.stack([accepted, confident_accepted])
+    tokens, drafted = np.empty(shape), np.empty(shape)
+    tokens[0], tokens[1:2] = 1, accepted  # chance that all up to it are drafted and accepted
+    drafted[:2], drafted[2:, 0] = 1, 1  # chance that it is drafted
+    goes_on = np.stack([accepted, confident_accepted])
     for j in range(2, len(verify)):
-        np.multiply(emitted[j - 1], survives, out=emitted[j])
+        np.multiply(tokens[j - 1], goes_on, out=tokens[j])
         np.multiply(drafted[j - 1, 1], confident, out=drafted[j, 1])
-    # Chance that any request is drafting still: the others wait.
-    waited_for = np.ones((len(verify), 2, len(draft)))
-    waited_for[0] = 0
-    waited_for[1:, 1] -= (1 - drafted[1:, 1]).prod(axis=-1)
-    up_to = np.tri(len(verify))
-    costs = up_to * np.concatenate([verify[:1], verify[1:] - verify[:-1]])
-    tokens = up_to @ emitted.reshape(len(verify), -1)
-    verifying = costs @ drafted.reshape(len(verify), -1)
-    drafting = waited_for.cumsum(axis=0) * draft
-    return tokens.reshape(shape), verifying.reshape(shape), drafting
+    drafting = np.empty(shape[:3])
+    drafting[0], drafting[1:] = 0, draft
+    drafting[1:, 1] *= 1 - (1 - drafted[1:, 1]).prod(axis=-1)  # unless no request gets there
+    increments = np.append(verify[:1], verify[1:] - verify[:-1])
+    drafted *= increments[:, None, None, None]
+    return tokens, drafted, drafting
 
 
 def step_values(
@@ -373,9 +368,13 @@ def step_values(
         `[K+1, 2, E]` the sum of the best of those up to each length, less the drafting;
         the speed: tokens per cost, 1 or more.
     """
-    waiting = drafting * tokens.shape[-1]
-    speed = float((tokens.sum(axis=-1) / (verifying.sum(axis=-1) + waiting)).max())
+    waiting = drafting.cumsum(axis=0) * tokens.shape[-1]
+    cost = verifying.sum(axis=-1).cumsum(axis=0) + waiting
+    speed = float((tokens.sum(axis=-1).cumsum(axis=0) / cost).max())
     gains = tokens - speed * verifying
+    # Length by length: numpy's own accumulation is several times slower along the first axis.
+    for j in range(1, len(gains)):
+        gains[j] += gains[j - 1]
     best = gains.copy()
     for j in range(1, len(best)):
         np.maximum(best[j], best[j - 1], out=best[j])
