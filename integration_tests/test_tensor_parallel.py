@@ -52,6 +52,10 @@ def known_output(worker: Any) -> dict[str, list[int]]:
     return {request_id: list(state.output_token_ids) for request_id, state in states}
 
 
+# Ranks cannot import this file: the function itself must travel, not its name.
+known_output.__module__ = "__main__"
+
+
 @pytest.fixture(scope="module")
 def decode(
     serve_offline: Callable[..., Any],
