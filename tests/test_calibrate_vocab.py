@@ -186,7 +186,7 @@ def test_too_little_text_and_sizes_it_cannot_have(folder_of_texts: Path, tmp_pat
     one = next(folder_of_texts.iterdir())
     result = calibrate("tiny", "--texts", one, "--output", output)
     assert result.exit_code == 1
-    assert "too little text" in result.output
+    assert "too few texts" in result.output
     for size in (4, 513):
         result = calibrate("tiny", "--texts", folder_of_texts, "--size", size, "--output", output)
         assert result.exit_code == 1

@@ -147,7 +147,7 @@ def count(
     counted.save(state, key)
     if not counted.held_out:
         raise SpecPluginsError(
-            f"too little text: none of {counted.num_texts} texts fell into the twentieth that is "
+            f"too few texts: none of {counted.num_texts} fell into the twentieth that is "
             "held out to measure coverage on. Give more."
         )
     return counted
