@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from vllm_spec_plugins import zoo
 from vllm_spec_plugins.calibration import exit_calibration
 from vllm_spec_plugins.calibration.acceptance_walk import ratio_with_error, rounds_of, walk
+from vllm_spec_plugins.calibration.adapter_block import AdapterBlock
 from vllm_spec_plugins.calibration.draft_pass import DraftPass
 from vllm_spec_plugins.calibration.draft_table import Judged, best_of_each, recommend, rows_of
 from vllm_spec_plugins.calibration.engine_clock import Timed, _fit
@@ -35,6 +36,7 @@ from vllm_spec_plugins.calibration.skip_search import MeasuredText, predicted_sp
 from vllm_spec_plugins.cli.main import app
 from vllm_spec_plugins.config import EngineVocabulary, split
 from vllm_spec_plugins.context import ModelFacts
+from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.registry import VLLM_METHODS
 
@@ -202,6 +204,20 @@ def test_greedy_walk_is_what_greedy_drafting_does(
             accepted += 1
         at, rounds, emitted = at + accepted + 1, rounds + 1, emitted + accepted + 1
     assert (counted.emitted, counted.rounds) == (emitted, rounds)
+
+
+def test_an_adapter_stands_between_exit_and_head(
+    nano: LocalModel, texts: list[Continuation]
+) -> None:
+    passes = [DraftPass(2), DraftPass(2, adapter=True)]
+    # Untrained it is the bare exit.
+    block = AdapterBlock(nano)
+    found = measure(nano, texts[-1], passes, adapter=block)
+    np.testing.assert_allclose(found.overlap[1], found.overlap[0], atol=1e-5)
+    with torch.no_grad():
+        block.final_norm.mul_(0)  # says nothing: every token alike
+    found = measure(nano, texts[-1], passes, adapter=block)
+    assert found.overlap[1].mean() < 0.5 * found.overlap[0].mean()
 
 
 def test_draft_vocabulary_is_the_whole_law_restricted() -> None:
@@ -536,6 +552,27 @@ def test_command_searches_skips(tmp_path: Path, without_engine: dict[str, int]) 
     assert [path["exit_layer"] for path in rows["skips"]][-1] == 4
     assert rows["texts"] == {"0": 6, "1": 6}  # of 8, two were searched on
     assert "beat the best plain exit" in said or "better than skipping nothing" in said
+
+
+def test_command_with_a_draft_vocabulary(tmp_path: Path, without_engine: dict[str, int]) -> None:
+    del without_engine
+    counts = np.arange(8192, 0, -1)
+    always = np.array([0, 1, 2])
+    lists = tuple(rank(name, counts, always, 2048) for name in ("code", "prose"))
+    for number in (1, 2):
+        file = tmp_path / f"{number}.safetensors"
+        RankedVocabulary(8192, always, lists[:number], "", "for a test").write(file)
+    words = ("--num-prompts", 4, "--prompt-tokens", 16, "--max-draft", 3, "--draft-vocabulary")
+    output = tmp_path / "exit.json"
+    said = call("--output", output, *words, tmp_path / "1.safetensors")
+    assert "Drafts from 2048 tokens" in said
+    assert json.loads(output.read_text())["draft_vocabulary"] == str(tmp_path / "1.safetensors")
+    rows = json.loads((tmp_path / "exit.rows.json").read_text())
+    assert rows["draft_vocabulary_size"] == 2048
+    whole = [row for row in rows["rows"] if row["exit_layer"] == 4 and row["temperature"] == 1]
+    assert all(0.2 < row["overlap"] < 0.999 for row in whole)
+    with pytest.raises(AssertionError, match="holds 2 lists"):
+        call("--output", output, *words, tmp_path / "2.safetensors")
 
 
 def test_command_advises_against(
