@@ -69,6 +69,7 @@ class RankedDrafter:
                 f"vLLM's {drafter.__name__} chooses its draft tokens in a way of its own "
                 f'({listed(own)}), so its head cannot be replaced. Remove "{DRAFT_VOCABULARY}".'
             )
+        self._most_tokens: int = self._drafter.num_speculative_tokens
         # Without it draft tokens are chosen, not drawn.
         self._draws: bool = self._drafter._enable_probabilistic_draft_probs
         self._load_by_vllm: Callable[..., Any] = self._drafter.load_model
@@ -77,7 +78,8 @@ class RankedDrafter:
         # The round at hand; what of it is verified in the next step stays until then.
         self._row_of: dict[str, int] = {}
         self._everyone = np.zeros(0, np.int64)
-        self._streams = self._positions = torch.zeros(0, dtype=torch.int64)
+        #: `[R, K]`.
+        self._uniforms = torch.zeros(0, dtype=torch.float64)
         self._temperatures: Tensor | None = None
         self._index = 0
         self._vocabulary: Tensor | None = None
@@ -143,10 +145,15 @@ class RankedDrafter:
         self._index, self._vocabulary, self._temperatures = 0, None, None
         if self._draws and requests.temperatures.any():
             self._temperatures = torch.from_numpy(requests.temperatures).to(device)
-            self._streams = torch.from_numpy(requests.streams).to(device)
-            self._positions = torch.from_numpy(num_tokens).to(device)
+            streams = torch.from_numpy(requests.streams).to(device)
+            positions = torch.from_numpy(num_tokens).to(device)
             if isinstance(sampled_token_ids, Tensor):
-                self._positions = self._positions + (sampled_token_ids >= 0).sum(dim=1)
+                positions = positions + (sampled_token_ids >= 0).sum(dim=1)
+            # One call for the whole round: it is many small kernels.
+            index = torch.arange(self._most_tokens, device=device)
+            self._uniforms = uniforms(
+                streams.unsqueeze(1), positions.unsqueeze(1), index, Purpose.DRAFT
+            )
 
     def sample_draft_tokens(
         self, hidden_states: Tensor, sampling_metadata: Any
@@ -155,9 +162,7 @@ class RankedDrafter:
         del sampling_metadata
         assert self._head is not None
         logits, self._vocabulary = self._head.logits(hidden_states, self._everyone)
-        random = None
-        if self._temperatures is not None:
-            random = uniforms(self._streams, self._positions, self._index, Purpose.DRAFT)
+        random = None if self._temperatures is None else self._uniforms[:, self._index]
         self._index += 1
         drawn = draw(logits, self._temperatures, random)
         return token_ids_of(drawn.columns, self._vocabulary), drawn.probabilities
