@@ -19,7 +19,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -151,7 +151,7 @@ def acceptance_lengths(
 
 def measure(
     model: str, exit_layer: int, sizes: list[int], num_prompts: int, repeats: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of one model and exit."""
     folder = zoo.ensure(model)
     engine = Engine(
@@ -184,7 +184,6 @@ def measure(
                 variants[name].load(adapter.target)
     prompts = held_out_prompts(folder, max(num_prompts, 8))
     apart = TakenApart(engine, exit_layer, variants, repeats)
-    rows: list[dict[str, Any]] = []
     for temperature in (1.0, 0.0):
         lengths = {}
         if num_prompts:
@@ -209,39 +208,34 @@ def measure(
                 "repeats": repeats,
                 "load_average": round(os.getloadavg()[0], 1),
             }
-            rows.append(
-                {
-                    **common,
-                    "kind": "overhead",
-                    "propose_ms": whole,
-                    "parts_ms": {n: t for n, t in took.items() if not n.startswith("propose")},
-                    "over_layers_ms": whole - took["layers"],
-                    "overhead_ms": whole - took["bare"],
-                    "overhead_processor_ms": worked["propose, whole"] - worked["bare"],
-                    "quartiles_ms": spread,
-                    "processor_ms": worked,
-                }
-            )
+            yield {
+                **common,
+                "kind": "overhead",
+                "propose_ms": whole,
+                "parts_ms": {n: t for n, t in took.items() if not n.startswith("propose")},
+                "over_layers_ms": whole - took["layers"],
+                "overhead_ms": whole - took["bare"],
+                "overhead_processor_ms": worked["propose, whole"] - worked["bare"],
+                "quartiles_ms": spread,
+                "processor_ms": worked,
+            }
             for name in variants:
                 here = took[f"propose, {name}"]
-                rows.append(
-                    {
-                        **common,
-                        "kind": "vocabulary",
-                        "vocabulary": name,
-                        "propose_ms": here,
-                        "time_over_whole": here / whole,
-                        "processor_time_over_whole": (
-                            worked[f"propose, {name}"] / worked["propose, whole"]
-                        ),
-                        "prompts": num_prompts,
-                        "acceptance_length": lengths.get(name),
-                        "acceptance_over_whole": (
-                            lengths[name] / lengths["whole"] if lengths else None
-                        ),
-                    }
-                )
-    return rows
+                yield {
+                    **common,
+                    "kind": "vocabulary",
+                    "vocabulary": name,
+                    "propose_ms": here,
+                    "time_over_whole": here / whole,
+                    "processor_time_over_whole": (
+                        worked[f"propose, {name}"] / worked["propose, whole"]
+                    ),
+                    "prompts": num_prompts,
+                    "acceptance_length": lengths.get(name),
+                    "acceptance_over_whole": (
+                        lengths[name] / lengths["whole"] if lengths else None
+                    ),
+                }
 
 
 def show(row: dict[str, Any]) -> str:
