@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from vllm_spec_plugins.calibration.draft_pass import DraftPass
@@ -21,6 +21,8 @@ mpl.use("Agg")
 _TEXT, _QUIET = "#202124", "#5f6368"
 #: Cells of a heat map above which their values are no longer written in.
 _MOST_CELLS = 320
+#: Of the colour scale.
+_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
 def speedups(
@@ -49,9 +51,9 @@ def speedups(
         figsize=(max(width, 7.5), max(height, 3.6)), layout="constrained", facecolor="white"
     )
     grid = figure.subplots(len(batches), len(temperatures), squeeze=False, sharex=True, sharey=True)
-    # One scale, white at 1: blue is faster than plain decoding, red slower.
-    values = np.array(list(best.values()))
-    norm = TwoSlopeNorm(1.0, min(values.min(), 0.9), max(values.max(), 1.1))
+    # One scale, white at 1: blue is faster than plain decoding, red slower, both alike.
+    farthest = max(1.1, *best.values(), *(1 / value for value in best.values()))
+    norm = LogNorm(1 / farthest, farthest)
     chosen = {
         (row.batch, row.temperature, row.draft_pass, row.num_speculative_tokens)
         for row in recommended
@@ -78,7 +80,12 @@ def speedups(
         axes.set_xlabel("draft tokens per round")
     for axes in grid[:, 0]:
         axes.set_ylabel("layers run while drafting")
-    figure.colorbar(image, ax=grid, label="predicted speed-up over plain decoding", shrink=0.9)
+    ticks = [tick for tick in _TICKS if 1 / farthest <= tick <= farthest]
+    bar = figure.colorbar(
+        image, ax=grid, label="predicted speed-up over plain decoding", shrink=0.9, ticks=ticks
+    )
+    bar.ax.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    bar.ax.minorticks_off()
     figure.suptitle(title, fontsize=12, color=_TEXT)
     columns = int(14 * max(width, 7.5))
     figure.supxlabel("\n".join(textwrap.wrap(caption, columns)), fontsize=8, color=_QUIET)
