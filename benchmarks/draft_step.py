@@ -34,13 +34,13 @@ import torch
 import typer
 from provenance import provenance
 from self_speculation import PROMPT_TOKENS, held_out_prompts, make_vocabulary
-from vllm_spec_plugins.proposers.draft_sampling import draw  # pyright: ignore[reportMissingImports]
 from vllm_spec_plugins.proposers.early_exit import (  # pyright: ignore[reportMissingImports]
     EarlyExit,
     EarlyExitOptions,
 )
 
 from vllm_spec_plugins import zoo
+from vllm_spec_plugins.draft_sampling import draw
 from vllm_spec_plugins.proposer import DraftInput
 
 RESULTS = Path(__file__).parent / "results" / "draft_step.jsonl"

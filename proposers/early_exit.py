@@ -21,6 +21,7 @@ from pydantic import Field
 
 from vllm_spec_plugins import draft_vocabulary
 from vllm_spec_plugins.draft_head import DraftHead
+from vllm_spec_plugins.draft_sampling import DraftLaws, draw, token_ids_of
 from vllm_spec_plugins.draft_vocabulary import DraftVocabularyOptions
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.exit_selection import ExitController, ExitCosts, ExitSelection
@@ -28,7 +29,6 @@ from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 
-from .draft_sampling import DraftLaws, draw, token_ids_of
 from .exit_adapter import ExitAdapter
 from .exit_passes import AdaptedExit, DeepeningExits, DraftStep, ExitPass, SingleExit
 from .exit_timing import measure_costs

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from vllm_spec_plugins.draft_sampling import most_likely_probability
 from vllm_spec_plugins.target_model import LayerState
-
-from .draft_sampling import most_likely_probability
 
 if TYPE_CHECKING:
     import numpy as np

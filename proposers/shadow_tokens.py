@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_spec_plugins.draft_sampling import draw
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.target_model import LayerState
-
-from .draft_sampling import draw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,8 +19,8 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm_spec_plugins.config import DRAFT_VOCABULARY, PluginSettings
 from vllm_spec_plugins.draft_head import DraftHead
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+from vllm_spec_plugins.draft_sampling import draw, token_ids_of
 from vllm_spec_plugins.errors import ConfigError, listed
-from vllm_spec_plugins.proposers.draft_sampling import draw, token_ids_of  # pyright: ignore[reportMissingImports]
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.registry import Kind
 

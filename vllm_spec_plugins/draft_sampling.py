@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-from vllm_spec_plugins.verifier import sample_weights
-from vllm_spec_plugins.vocabulary_passes import first_argmax, log_normaliser
+from .draft_probabilities import DraftProbabilities
+from .verifier import sample_weights
+from .vocabulary_passes import first_argmax, log_normaliser
 
 
 @dataclass(frozen=True, slots=True)
