@@ -90,7 +90,7 @@ class Request:
     draft_vocabulary: Path | None = None
     adapter: Path | None = None
     search_skips: bool = False
-    evaluations: int = 150
+    evaluations: int = 200
     dtype: str = "float32"
     device: str = "cpu"
     eager: bool = False

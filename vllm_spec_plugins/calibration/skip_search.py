@@ -4,7 +4,8 @@ SWIFT (arXiv 2410.06916) drafts with the target less some of its attention and f
 sublayers and looks for the set while serving. Here it is chosen once, offline, for the largest
 predicted speed-up under measured costs. Lazy greedy selection: the gain of leaving out a
 sublayer is measured for all once; then, step by step, those that promised most are measured
-again in the set so far and the best is taken. First and last layer of a pass always run.
+again in the set so far and the best is taken, to the end: one sublayer less may not pay where
+ten do. The best set on the way is the result. First and last layer of a pass always run.
 
 The search sees rounds that begin every so many tokens; the result is then judged on texts it
 has not seen, from every position, exactly as exits are.
@@ -27,8 +28,6 @@ from .round_costs import RoundCosts
 
 #: Candidates measured again at each step, the most promising ones.
 _LAZY = 4
-#: Steps without a better set after which the search ends: gains may come in pairs.
-_PATIENCE = 2
 #: Rounds whose logits are held at once.
 _CHUNK = 32
 
@@ -130,7 +129,7 @@ def search(
     budget: int,
     on_step: Callable[[int, Found], None] | None = None,
 ) -> list[Found]:
-    """Leave out sublayers one after another while that pays.
+    """Leave out sublayers one after another, until none is left or the budget is used up.
 
     Args:
         exit_layer: Layers of the pass.
@@ -166,8 +165,6 @@ def search(
         peak = max(path, key=lambda found: found.speedup)
         if on_step is not None:
             on_step(len(asked), peak)
-        if len(path) - 1 - path.index(peak) >= _PATIENCE:
-            break
     return path
 
 

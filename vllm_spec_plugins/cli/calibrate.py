@@ -232,7 +232,7 @@ def exit_layer(
     search_skips: Annotated[
         bool, typer.Option("--search-skips", help="Look for sublayers that a draft can leave out.")
     ] = False,
-    evaluations: Annotated[int, typer.Option(min=1, help="Sets that each search may try.")] = 150,
+    evaluations: Annotated[int, typer.Option(min=1, help="Sets that each search may try.")] = 200,
     num_prompts: Annotated[int, typer.Option(min=2, help="Prompts to take.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a prompt, at most.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=8, help="Tokens the target writes to each.")] = 128,
