@@ -224,15 +224,15 @@ def _setting(cell: Cell) -> str:
 def main(
     model: Annotated[str, typer.Option(help="whose rows")] = "expanded",
     rows: Annotated[Path, typer.Option(help="file of rows")] = RESULTS / "self_speculation.jsonl",
-    commit: Annotated[str, typer.Option(help="rows of it alone; default: the last row's")] = "",
+    run: Annotated[str, typer.Option(help="rows of it alone; default: the last row's")] = "",
     output: Annotated[Path, typer.Option(help="folder for the pictures")] = RESULTS,
 ) -> None:
     """Draw."""
     of_model = [row for row in read(rows) if row["model"] == model]
     if not of_model:
         raise typer.BadParameter(f"{rows.name} has no rows of {model}")
-    commit = commit or of_model[-1]["commit"]
-    found = cells(row for row in of_model if row["commit"] == commit)
+    run = run or of_model[-1]["run"]
+    found = cells(row for row in of_model if row["run"] == run)
     for picture in (
         exits(found, model, output / f"self_speculation_{model}_exits.png"),
         methods(found, model, output / f"self_speculation_{model}_methods.png"),

@@ -5,7 +5,7 @@ turns with it (plain, method, plain, method, plain ...), so that each method is 
 plain decoding measured right before and after it. Prompts are held-out source code; all
 requests write the same number of tokens. One row for each method, temperature, batch size and
 repeat goes to results/self_speculation.jsonl as soon as it is measured; rows that are there
-already, of the same commit and settings, are not measured again.
+already, of the same run (by default: the same commit) and settings, are not measured again.
 
     python benchmarks/self_speculation.py                       # all on `expanded`: hours
     python benchmarks/self_speculation.py --methods 'ngram$|early_exit 4' --batches 1
@@ -288,6 +288,9 @@ def main(
     dynamic_tokens: Annotated[int, typer.Option(help="beside the ranked ones")] = 64,
     output: Annotated[Path, typer.Option(help="rows are added to it")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="a few methods on nano")] = False,
+    run: Annotated[
+        str, typer.Option(help="name that the rows of several commands share; default: the commit")
+    ] = "",
     list_only: Annotated[bool, typer.Option("--list", help="name the methods, stop")] = False,
 ) -> None:
     """Measure, print and keep the rows."""
@@ -309,21 +312,22 @@ def main(
         return
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for the rows: the engines have it
     source = provenance()
-    done = {key_of(r) for r in read(output) if r["commit"] == source["commit"]}
+    source = {"run": run or source["commit"], **source}
+    done = {key_of(r) for r in read(output) if r["run"] == source["run"]}
     turns = todo(settings, chosen, done)
     by_engine: dict[str, list[tuple[Method, float, int, int]]] = {}
     for turn in turns:
         by_engine.setdefault(json.dumps(turn[0].engine), []).append(turn)
     print(f"{len(chosen)} methods on {len(by_engine)} engines, {len(turns)} rows to measure")
     if turns:
-        failed = run(settings, by_engine, output, source)
-        report(output, source["commit"], settings)
+        failed = measure_all(settings, by_engine, output, source)
+        report(output, source["run"], settings)
         if failed:
             print("FAILED:\n" + "\n".join(failed), file=sys.stderr)
             raise typer.Exit(1)
 
 
-def run(
+def measure_all(
     settings: Settings,
     by_engine: dict[str, list[tuple[Method, float, int, int]]],
     output: Path,
@@ -377,9 +381,9 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def report(output: Path, commit: str, settings: Settings) -> None:
+def report(output: Path, run: str, settings: Settings) -> None:
     """Medians over repeats, best first."""
-    rows = [r for r in read(output) if (r["commit"], r["model"]) == (commit, settings.model)]
+    rows = [r for r in read(output) if (r["run"], r["model"]) == (run, settings.model)]
     for temperature, batch in itertools.product(settings.temperatures, settings.batches):
         here = [c for c in cells(rows) if (c.temperature, c.batch) == (temperature, batch)]
         print(
