@@ -147,7 +147,8 @@ class Target:
         with torch.inference_mode():
             with sequences.step(positions, [count]):
                 out = self._module(
-                    input_ids=token_ids,
+                    # As it was compiled for: nothing checks that, and other widths are misread.
+                    input_ids=token_ids.to(self._runner.input_ids.gpu.dtype),
                     positions=positions,
                     intermediate_tensors=None,
                     inputs_embeds=None,
