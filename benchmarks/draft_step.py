@@ -40,7 +40,7 @@ from vllm_spec_plugins.proposers.early_exit import (  # pyright: ignore[reportMi
 )
 
 from vllm_spec_plugins import zoo
-from vllm_spec_plugins.draft_sampling import draw
+from vllm_spec_plugins.draft_sampling import Draws, draw
 from vllm_spec_plugins.proposer import DraftInput
 
 RESULTS = Path(__file__).parent / "results" / "draft_step.jsonl"
@@ -102,8 +102,8 @@ class TakenApart:
         token_ids = torch.from_numpy(batch.last_token_ids).to(torch.int64)
         positions = torch.from_numpy(batch.num_tokens - 1)
         sequences = target.sequences(batch.rows)
-        temperatures = torch.from_numpy(batch.temperatures) if batch.temperatures.any() else None
-        uniforms = torch.full((count,), 0.5, dtype=torch.float64)
+        half = torch.full((count, 1), 0.5, dtype=torch.float64)
+        draws = Draws.of(batch.temperatures, half) if batch.temperatures.any() else None
 
         def layers() -> Any:
             for _ in range(MOST - 1):
@@ -113,7 +113,7 @@ class TakenApart:
         def bare() -> None:
             for _ in range(MOST):
                 state = self._stack(target.embed(token_ids), positions)
-                draw(target.head.logits(target.final_norm(state)), temperatures, uniforms)
+                draw(target.head.logits(target.final_norm(state)), draws, 0)
 
         def enter() -> None:
             for _ in range(MOST):
@@ -130,7 +130,7 @@ class TakenApart:
             self._time("enter a step", enter)
             normed = self._time("norm", lambda state=state: target.final_norm(state), 1)
             logits = self._time("head", lambda normed=normed: target.head.logits(normed), 1)
-            self._time("draw", lambda x=logits: draw(x, temperatures, uniforms), 1)
+            self._time("draw", lambda x=logits: draw(x, draws, 0), 1)
         for name, variant in self._variants.items():
             if name != "whole":  # nobody else tells it that the requests go
                 variant.finish(batch.request_ids)

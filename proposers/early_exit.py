@@ -21,7 +21,7 @@ from pydantic import Field
 
 from vllm_spec_plugins import draft_vocabulary
 from vllm_spec_plugins.draft_head import DraftHead
-from vllm_spec_plugins.draft_sampling import DraftLaws, draw, token_ids_of
+from vllm_spec_plugins.draft_sampling import DraftLaws, Draws, draw, token_ids_of
 from vllm_spec_plugins.draft_vocabulary import DraftVocabularyOptions
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.exit_selection import ExitController, ExitCosts, ExitSelection
@@ -207,11 +207,12 @@ class EarlyExit(Proposer):
             step = DraftStep(
                 token_ids, token_ids, self._target.warm_up_sequences(size), np.arange(size)
             )
-            temperatures = torch.ones(size, device=device)
+            half = torch.full((size, 1), 0.5, dtype=torch.float64, device=device)
+            draws = Draws.of(np.full(size, 0.5, dtype=np.float32), half)
             for run in self._passes.values():
                 run.begin(size)
                 logits, vocabulary = run(step)
-                drawn = draw(logits, temperatures, temperatures.double() / 2, True)
+                drawn = draw(logits, draws, 0, wants_confidences=True)
                 token_ids_of(drawn.columns, vocabulary)
         if Signals.EXITS in self.signals_for(self.options):
             layers, passes = list(self._passes), list(self._passes.values())
@@ -282,11 +283,11 @@ class EarlyExit(Proposer):
         device = self.context.device
         requests = np.flatnonzero(batch.max_draft)
         most = batch.max_draft[requests]
-        width = int(most.max())
+        width, shortest = int(most.max()), int(most.min())
         keys = batch.keys.select(requests)
         control = batch.length_control
         asks = Signals.CONFIDENCES in control.needs
-        temperatures, random = self._randomness(batch, requests, width)
+        draws = self._draws_of(batch, requests, width)
 
         table = torch.full((len(batch.request_ids), width), -1, dtype=torch.int64, device=device)
         self._laws.begin(len(batch.request_ids), width)
@@ -294,7 +295,10 @@ class EarlyExit(Proposer):
         positions = torch.from_numpy(batch.num_tokens[requests] - 1).to(device)
         sequences = self._target.sequences(batch.rows[requests])
         drafting = np.arange(len(requests))
-        rows = torch.from_numpy(requests).to(device)
+        # None = every request of the batch.
+        rows = None
+        if len(requests) < len(batch.request_ids):
+            rows = torch.from_numpy(requests).to(device)
 
         run = self._choose_pass(batch)
         run.begin(len(requests))
@@ -309,41 +313,43 @@ class EarlyExit(Proposer):
         for index in range(width):
             step = DraftStep(token_ids, positions, sequences, drafting)
             logits, vocabulary = run(step)
-            uniform = None if random is None else random[:, index]
-            drawn = draw(logits, temperatures, uniform, asks)
+            drawn = draw(logits, draws, index, asks)
             token_ids = token_ids_of(drawn.columns, vocabulary)
-            table[rows, index] = token_ids
+            if rows is None:
+                table[:, index] = token_ids
+            else:
+                table[rows, index] = token_ids
             self._laws.put(rows, index, drawn, vocabulary)
+            if index + 1 == width:
+                break
+            positions = positions + 1
+            if not asks and index + 1 < shortest:
+                continue
             going = most[drafting] > index + 1
-            if asks and going.any():
+            if asks:
                 assert drawn.confidences is not None
                 going &= ~control.stop_after(
                     keys.select(drafting), index, drawn.confidences.cpu().numpy()
                 )
-            if not going.any():
-                break
-            positions = positions + 1
             if not going.all():
+                if not going.any():
+                    break
                 on = torch.from_numpy(np.flatnonzero(going)).to(device)
-                drafting, rows = drafting[going], rows[on]
+                drafting, rows = drafting[going], on if rows is None else rows[on]
                 token_ids, positions = token_ids[on], positions[on]
                 sequences = sequences.select(on)
-                if random is not None and temperatures is not None:
-                    random, temperatures = random[on], temperatures[on]
+                draws = None if draws is None else draws.select(on)
         return Draft(table, self._laws.result())
 
-    def _randomness(
-        self, batch: DraftInput, requests: NDArray[np.int64], width: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Temperatures `[R]` and uniforms `[R, K]`; None where every token is a choice."""
+    def _draws_of(self, batch: DraftInput, requests: NDArray[np.int64], width: int) -> Draws | None:
+        """How tokens are drawn; None where every token is a choice."""
         temperatures = batch.temperatures[requests]
         if not self._draws or not temperatures.any():
-            return None, None
+            return None
         streams = torch.from_numpy(batch.streams[requests]).unsqueeze(1)
         first = torch.from_numpy(batch.num_tokens[requests]).unsqueeze(1)
         drawn = uniforms(streams, first, torch.arange(width).unsqueeze(0), Purpose.DRAFT)
-        device = self.context.device
-        return torch.from_numpy(temperatures).to(device), drawn.to(device)
+        return Draws.of(temperatures, drawn.to(self.context.device))
 
 
 @dataclass(frozen=True, slots=True)

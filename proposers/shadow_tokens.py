@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_spec_plugins.draft_sampling import draw
+from vllm_spec_plugins.draft_sampling import Draws, draw
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.target_model import LayerState
 
@@ -78,15 +78,16 @@ def shadow_tokens(
     scale = torch.where(sampled, temperatures, torch.ones_like(temperatures)).unsqueeze(1)
     p = torch.softmax(own / scale, dim=-1)
     best = own.argmax(dim=-1)
-    random = None
+    how = None
     if draws:
         streams = torch.from_numpy(states.streams[of_request]).to(device)
         random = uniforms(streams, states.positions[rows] + 1, 0, Purpose.LENGTH)
+        how = Draws.of(states.temperatures[of_request], random.unsqueeze(1))
 
     agreement, confidences = [], []
     for index in range(len(exits)):
         part = logits[index * count : (index + 1) * count]
-        drawn = draw(part, temperatures if draws else None, random, wants_confidences=True)
+        drawn = draw(part, how, 0, wants_confidences=True)
         assert drawn.confidences is not None
         x, q = drawn.columns, drawn.confidences
         at_target = p.gather(1, x.unsqueeze(1)).squeeze(1)

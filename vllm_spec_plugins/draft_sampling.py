@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .draft_probabilities import DraftProbabilities
@@ -29,38 +31,66 @@ class Drawn:
     sampled: Tensor | None
 
 
-def draw(
-    logits: Tensor,
-    temperatures: Tensor | None,
-    uniforms: Tensor | None,
-    wants_confidences: bool = False,
-) -> Drawn:
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the tokens of R requests are drawn in one round of up to K each.
+
+    Attributes:
+        scale: `[R, 1]` float32 temperatures, 1 where the most likely token is taken instead;
+            None when all are 1.
+        sampled: `[R]` bool, which requests draw.
+        all_sampled: Whether all of them do.
+        uniforms: `[R, K]` float64 in (0, 1) (`Purpose.DRAFT`).
+    """
+
+    scale: Tensor | None
+    sampled: Tensor
+    all_sampled: bool
+    uniforms: Tensor
+
+    @classmethod
+    def of(cls, temperatures: NDArray[np.float32], uniforms: Tensor) -> Draws:
+        """From `[R]` temperatures on the host, 0 = the most likely token."""
+        device, sampled = uniforms.device, temperatures > 0
+        scale = None
+        if (temperatures[sampled] != 1).any():
+            scale = torch.from_numpy(np.where(sampled, temperatures, np.float32(1)))
+            scale = scale.unsqueeze(1).to(device)
+        on_device = torch.from_numpy(sampled).to(device)
+        return cls(scale, on_device, bool(sampled.all()), uniforms)
+
+    def select(self, rows: Tensor) -> Draws:
+        """Some of the requests."""
+        scale = None if self.scale is None else self.scale[rows]
+        return Draws(scale, self.sampled[rows], self.all_sampled, self.uniforms[rows])
+
+
+def draw(logits: Tensor, draws: Draws | None, index: int, wants_confidences: bool = False) -> Drawn:
     """Draw, or choose where the temperature is 0.
 
     Args:
         logits: `[R, M]` float32, changed in place. -inf = cannot be drafted.
-        temperatures: `[R]` float32, 0 = the most likely token; None = everywhere.
-        uniforms: `[R]` float64 in (0, 1), one for each token (`Purpose.DRAFT`).
+        draws: None: the most likely token everywhere.
+        index: Which token of the round, 0 for the first.
         wants_confidences: Whether `Drawn.confidences` is read.
     """
-    if temperatures is None:
+    if draws is None:
         columns, confidences = first_argmax(logits), None
         if wants_confidences:
             best = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
             confidences = (best - log_normaliser(logits)).exp()
         return Drawn(columns, confidences, None, None)
-    assert uniforms is not None
-    sampled = temperatures > 0
-    scale = torch.where(sampled, temperatures, torch.ones_like(temperatures))
-    probabilities = torch.softmax(logits.div_(scale.unsqueeze(1)), dim=-1)
-    columns = sample_weights(probabilities, uniforms)
-    if not bool(sampled.all()):
-        chosen = (~sampled).nonzero().squeeze(1)
+    if draws.scale is not None:
+        logits.div_(draws.scale)
+    probabilities = torch.softmax(logits, dim=-1)
+    columns = sample_weights(probabilities, draws.uniforms[:, index])
+    if not draws.all_sampled:
+        chosen = (~draws.sampled).nonzero().squeeze(1)
         columns[chosen] = first_argmax(logits.index_select(0, chosen))
     confidences = None
     if wants_confidences:
         confidences = probabilities.gather(1, columns.unsqueeze(1)).squeeze(1)
-    return Drawn(columns, confidences, probabilities, sampled)
+    return Drawn(columns, confidences, probabilities, draws.sampled)
 
 
 def token_ids_of(columns: Tensor, vocabulary: Tensor | None) -> Tensor:
@@ -97,8 +127,8 @@ class DraftLaws:
         self._values, self._vocabulary = None, None
         self._shape = (num_requests, width)
 
-    def put(self, rows: Tensor, index: int, drawn: Drawn, vocabulary: Tensor | None) -> None:
-        """Keep the laws of the `index`-th token of some requests, `[n]` int64.
+    def put(self, rows: Tensor | None, index: int, drawn: Drawn, vocabulary: Tensor | None) -> None:
+        """Keep the laws of the `index`-th token of some requests, `[n]` int64; None = of all.
 
         The vocabulary of a request stays what it was at its first token.
         """
@@ -108,12 +138,16 @@ class DraftLaws:
         if self._values is None:
             self._start(law)
             self._vocabulary = vocabulary
-            if vocabulary is not None and vocabulary.ndim > 1:
+            if vocabulary is not None and vocabulary.ndim > 1 and rows is not None:
                 table = vocabulary.new_full((self._shape[0], vocabulary.shape[1]), -1)
                 self._vocabulary = table.index_copy(0, rows, vocabulary)
         assert self._values is not None
-        self._values[rows, index] = law
-        self._sampled[rows, index] = sampled
+        if rows is None:
+            self._values[:, index] = law
+            self._sampled[:, index] = sampled
+        else:
+            self._values[rows, index] = law
+            self._sampled[rows, index] = sampled
 
     def _start(self, like: Tensor) -> None:
         shape = (*self._shape, like.shape[1])

@@ -418,15 +418,16 @@ def draw_next(
     return drawn
 
 
-#: Columns summed at once by `sample_weights`.
+#: Columns summed at once by `sample_weights`, and most columns of one running sum.
 _SPAN = 512
+_SHORT = 16_384
 
 
 def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse transform sampling: one uniform per row, no noise per token.
 
-    Finds the span of columns first and the token inside it second, so that the running
-    sum, which does not vectorise, is short.
+    Over a large vocabulary, finds the span of columns first and the token inside it second,
+    so that the running sum, which does not vectorise, is short.
 
     Args:
         weights: `[M, V]` non-negative, not normalised, each row with a positive sum.
@@ -436,7 +437,12 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
         `[M]` int64; a token of weight zero is never returned.
     """
     rows, width = weights.shape
-    span = min(_SPAN, width)
+    if width <= _SHORT:
+        running = weights.cumsum(dim=-1, dtype=torch.float64)
+        total = running[:, -1:]
+        value = torch.minimum(u.unsqueeze(1) * total, _below(total))
+        return torch.searchsorted(running, value, right=True).squeeze(1)
+    span = _SPAN
     whole = width // span * span
     sums = weights[:, :whole].reshape(rows, width // span, span).sum(dim=-1)
     if whole < width:
@@ -450,13 +456,18 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
     return (which * span + token).clamp(max=width - 1)
 
 
+def _below(total: Tensor) -> Tensor:
+    """The next smaller number: what rounding lifted to the total counts as just below it."""
+    return torch.nextafter(total, torch.zeros_like(total))
+
+
 def _first_above(cumulative: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Per row, the first column whose running sum exceeds `value`, and what `value` has left.
 
     A value that rounding lifted to the total or past it counts as just below the total.
     """
     total = cumulative[:, -1]
-    value = torch.minimum(value, torch.nextafter(total, torch.zeros_like(total))).unsqueeze(1)
+    value = torch.minimum(value, _below(total)).unsqueeze(1)
     column = torch.searchsorted(cumulative, value, right=True)
     column = column.clamp(max=cumulative.shape[1] - 1)
     before = torch.where(column > 0, cumulative.gather(1, (column - 1).clamp(min=0)), 0.0)

@@ -19,7 +19,7 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm_spec_plugins.config import DRAFT_VOCABULARY, PluginSettings
 from vllm_spec_plugins.draft_head import DraftHead
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-from vllm_spec_plugins.draft_sampling import draw, token_ids_of
+from vllm_spec_plugins.draft_sampling import Draws, draw, token_ids_of
 from vllm_spec_plugins.errors import ConfigError, listed
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.registry import Kind
@@ -79,8 +79,8 @@ class RankedDrafter:
         self._row_of: dict[str, int] = {}
         self._everyone = np.zeros(0, np.int64)
         #: `[R, K]`.
-        self._uniforms = torch.zeros(0, dtype=torch.float64)
-        self._temperatures: Tensor | None = None
+        #: How the tokens of the round are drawn; None: they are chosen.
+        self._round: Draws | None = None
         self._index = 0
         self._vocabulary: Tensor | None = None
 
@@ -142,18 +142,16 @@ class RankedDrafter:
             num_tokens,
             batch.num_prompt_tokens[:count].astype(np.int64),
         )
-        self._index, self._vocabulary, self._temperatures = 0, None, None
+        self._index, self._vocabulary, self._round = 0, None, None
         if self._draws and requests.temperatures.any():
-            self._temperatures = torch.from_numpy(requests.temperatures).to(device)
             streams = torch.from_numpy(requests.streams).to(device)
             positions = torch.from_numpy(num_tokens).to(device)
             if isinstance(sampled_token_ids, Tensor):
                 positions = positions + (sampled_token_ids >= 0).sum(dim=1)
             # One call for the whole round: it is many small kernels.
             index = torch.arange(self._most_tokens, device=device)
-            self._uniforms = uniforms(
-                streams.unsqueeze(1), positions.unsqueeze(1), index, Purpose.DRAFT
-            )
+            random = uniforms(streams.unsqueeze(1), positions.unsqueeze(1), index, Purpose.DRAFT)
+            self._round = Draws.of(requests.temperatures, random)
 
     def sample_draft_tokens(
         self, hidden_states: Tensor, sampling_metadata: Any
@@ -162,9 +160,8 @@ class RankedDrafter:
         del sampling_metadata
         assert self._head is not None
         logits, self._vocabulary = self._head.logits(hidden_states, self._everyone)
-        random = None if self._temperatures is None else self._uniforms[:, self._index]
+        drawn = draw(logits, self._round, self._index)
         self._index += 1
-        drawn = draw(logits, self._temperatures, random)
         return token_ids_of(drawn.columns, self._vocabulary), drawn.probabilities
 
     def law(
@@ -179,7 +176,7 @@ class RankedDrafter:
             num_draft: `[R]` draft tokens scheduled.
             request_ids: `[R]`.
         """
-        if by_vllm is None or self._temperatures is None:
+        if by_vllm is None or self._round is None:
             return None
         rows = [self._row_of[name] for name, n in zip(request_ids, num_draft, strict=True) if n]
         each = [n for n in num_draft if n]
@@ -187,7 +184,7 @@ class RankedDrafter:
         vocabulary = self._vocabulary
         if vocabulary is not None and vocabulary.ndim > 1:
             vocabulary = vocabulary[index]
-        return DraftProbabilities(by_vllm, vocabulary, self._temperatures[index] > 0)
+        return DraftProbabilities(by_vllm, vocabulary, self._round.sampled[index])
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests that are gone."""
