@@ -292,8 +292,9 @@ class EarlyExit(Proposer):
         table = torch.full((len(batch.request_ids), width), -1, dtype=torch.int64, device=device)
         self._laws.begin(len(batch.request_ids), width)
         token_ids = torch.from_numpy(batch.last_token_ids[requests]).to(device, torch.int64)
-        positions = torch.from_numpy(batch.num_tokens[requests] - 1).to(device)
+        first = torch.from_numpy(batch.num_tokens[requests] - 1).to(device)
         sequences = self._target.sequences(batch.rows[requests])
+        positions = sequences.prepare(first, width)
         drafting = np.arange(len(requests))
         # None = every request of the batch.
         rows = None
@@ -311,7 +312,7 @@ class EarlyExit(Proposer):
                 batch.num_prompt_tokens[requests],
             )
         for index in range(width):
-            step = DraftStep(token_ids, positions, sequences, drafting)
+            step = DraftStep(token_ids, positions[index], sequences, drafting)
             logits, vocabulary = run(step)
             drawn = draw(logits, draws, index, asks)
             token_ids = token_ids_of(drawn.columns, vocabulary)
@@ -322,7 +323,6 @@ class EarlyExit(Proposer):
             self._laws.put(rows, index, drawn, vocabulary)
             if index + 1 == width:
                 break
-            positions = positions + 1
             if not asks and index + 1 < shortest:
                 continue
             going = most[drafting] > index + 1
@@ -336,8 +336,10 @@ class EarlyExit(Proposer):
                     break
                 on = torch.from_numpy(np.flatnonzero(going)).to(device)
                 drafting, rows = drafting[going], on if rows is None else rows[on]
-                token_ids, positions = token_ids[on], positions[on]
+                token_ids, first = token_ids[on], first[on]
                 sequences = sequences.select(on)
+                ahead = index + 1
+                positions[ahead:] = sequences.prepare(first + ahead, width - ahead)
                 draws = None if draws is None else draws.select(on)
         return Draft(table, self._laws.result())
 

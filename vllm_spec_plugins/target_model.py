@@ -92,6 +92,17 @@ class PagedSequences(Protocol):
         """
         ...
 
+    def prepare(self, positions: Tensor, count: int) -> list[Tensor]:
+        """Get ready for steps of one token each, at `positions` `[R]` and the next ones.
+
+        All at once this takes a fraction of what it takes between passes, which leave nothing
+        in the processor's caches. Hand `step` the tensors returned here.
+
+        Returns:
+            Positions of `count` steps.
+        """
+        ...
+
     def select(self, requests: Tensor) -> PagedSequences:
         """Some of the requests, `[R']` int64 indices."""
         ...

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_spec_plugins.errors import ConfigError
 
+#: Fewer hidden states than this are multiplied faster without preparation.
+_FEW_ROWS = 3
 #: How many rows of the head are compared with the model's own logits at load.
 _CHECKED_ROWS = 32
 #: Largest difference allowed between the two, as a share of the largest logit.
@@ -56,6 +60,8 @@ class EngineHead:
         self, module: nn.Module, hidden_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._model_name = type(module).__name__
+        #: What vLLM makes of weights that `rows` gave out, while these are in use.
+        self._prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         if any(isinstance(part, LogitsProcessorWithLoRA) for part in module.modules()):
             raise ConfigError(
                 f"The engine serves LoRA adapters (enable_lora), which wrap the output head of "
@@ -118,7 +124,7 @@ class EngineHead:
         processor = self._projection.processor
         hidden = hidden.to(weight.dtype)
         if weight.ndim == 2:
-            logits = F.linear(hidden, weight, bias)
+            logits = self._linear(hidden, weight, bias)
         else:
             logits = torch.bmm(weight, hidden.unsqueeze(2)).squeeze(2)
             if bias is not None:
@@ -127,6 +133,18 @@ class EngineHead:
         if processor.soft_cap is not None:
             logits = torch.tanh(logits / processor.soft_cap) * processor.soft_cap
         return logits if processor.scale == 1.0 else logits * processor.scale
+
+    def _linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`[T, M]`; on the CPU several rows go through vLLM's own product of prepared weights."""
+        if weight.device.type != "cpu" or len(hidden) < _FEW_ROWS:
+            return F.linear(hidden, weight, bias)
+        prepared: Any = self._prepared.get(weight)
+        if prepared is None:
+            prepared = nn.Module()
+            prepared.weight = nn.Parameter(weight, requires_grad=False)
+            dispatch_cpu_unquantized_gemm(prepared, remove_weight=False)
+            self._prepared[weight] = prepared
+        return prepared.cpu_linear(hidden, prepared.weight, bias)
 
     def _on_every_rank(self, logits: Tensor | None, count: int) -> Tensor:
         """`[count, V]`. Some platforms gather logits to the first rank only."""

@@ -6,14 +6,21 @@ host's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 if TYPE_CHECKING:
@@ -52,15 +59,36 @@ class Sequences:
         self._num_requests = len(table)
         self._device = table.device
         #: `[R + 1]` where each request's one token starts.
-        self._starts = torch.arange(self._num_requests + 1, dtype=torch.int32, device=self._device)
-        self._starts_on_host = torch.arange(self._num_requests + 1, dtype=torch.int32)
+        self._starts = _counted(self._num_requests + 1, self._device)
+        self._starts_on_host = _counted(self._num_requests + 1, torch.device("cpu"))
+        #: By identity of their positions, which are kept so that none other gets it.
+        self._prepared: dict[int, tuple[Tensor, ForwardContext]] = {}
 
     def select(self, requests: Tensor) -> Sequences:
         pages = [Pages(p.group, p.block_size, p.block_table[requests]) for p in self._pages]
         return Sequences(pages, self._vllm_config, self._longest)
 
-    @contextmanager
-    def step(self, positions: Tensor, query_lengths: Sequence[int] | None = None) -> Iterator[None]:
+    def prepare(self, positions: Tensor, count: int) -> list[Tensor]:
+        at = [positions + index for index in range(count)]
+        # Metadata of GPU backends share buffers: only the last built would be right.
+        if self._device.type == "cpu":
+            for each in at:
+                with self._build(each, None):
+                    self._prepared[id(each)] = each, get_forward_context()
+        return at
+
+    def step(
+        self, positions: Tensor, query_lengths: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        prepared = self._prepared.get(id(positions))
+        if query_lengths is None and prepared is not None:
+            return override_forward_context(prepared[1])
+        return self._build(positions, query_lengths)
+
+    def _build(
+        self, positions: Tensor, query_lengths: Sequence[int] | None
+    ) -> AbstractContextManager[None]:
+        """vLLM's forward context for a pass over these tokens."""
         starts, starts_on_host, most, owner = self._starts, self._starts_on_host, 1, None
         last = positions
         if query_lengths is not None:
@@ -69,7 +97,7 @@ class Sequences:
             starts, most = starts_on_host.to(self._device), max(query_lengths)
             owner = torch.repeat_interleave(lengths.long()).to(self._device)
             last = positions[starts[1:].long() - 1]
-        seq_lens = (last + 1).to(torch.int32)
+        seq_lens = last.to(torch.int32) + 1
         bound = seq_lens
         if self._device.type != "cpu":  # known without asking the device
             bound = torch.full((self._num_requests,), self._longest, dtype=torch.int32)
@@ -92,19 +120,27 @@ class Sequences:
                 seq_lens_cpu_upper_bound=bound,
             )
             built = pages.group.build_metadata(common)
-            for name in pages.group.layer_names:
-                metadata[name], slots[name] = built, slot
-        with set_forward_context(
+            metadata.update(dict.fromkeys(pages.group.layer_names, built))
+            slots.update(dict.fromkeys(pages.group.layer_names, slot))
+        return set_forward_context(
             metadata, self._vllm_config, num_tokens=len(positions), slot_mapping=slots
-        ):
-            yield
+        )
+
+
+@cache
+def _counted(count: int, device: torch.device) -> Tensor:
+    """0 to count - 1, int32. Read only: every round of as many requests shares it."""
+    return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _slots(pages: Pages, positions: Tensor, owner: Tensor | None) -> Tensor:
     """`[T]` int64 key/value slot of each token; `owner` `[T]` its request, None = one each."""
-    blocks = torch.div(positions, pages.block_size, rounding_mode="floor")
     if owner is None:
-        block = pages.block_table.gather(1, blocks.unsqueeze(1)).squeeze(1)
-    else:
-        block = pages.block_table[owner, blocks]
-    return block.long() * pages.block_size + positions % pages.block_size
+        owner = _counted(len(positions), positions.device)
+    size = pages.block_size
+    if positions.device.type == "cpu":  # where numpy's small operations cost a third of torch's
+        where = positions.numpy()
+        block = pages.block_table.numpy()[owner.numpy(), where // size]
+        return torch.from_numpy(block.astype(np.int64) * size + where % size)
+    block = pages.block_table[owner, torch.div(positions, size, rounding_mode="floor")]
+    return block.long() * size + positions % size
