@@ -14,7 +14,7 @@ EXITS: Mapping[str, Sequence[int]] = {
     "nano": (1, 2),
     "small": (1, 2, 4, 6),
     "expanded-nano": (2, 4),
-    "expanded": (2, 4, 6, 8, 12),
+    "expanded": (1, 3, 5, 7, 11),
 }
 #: Fixed draft lengths, and the most tokens that a length controller may choose.
 LENGTHS, MOST = (1, 2, 3, 4, 6), 6

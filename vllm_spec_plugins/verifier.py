@@ -441,7 +441,8 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
         running = weights.cumsum(dim=-1, dtype=torch.float64)
         total = running[:, -1:]
         value = torch.minimum(u.unsqueeze(1) * total, _below(total))
-        return torch.searchsorted(running, value, right=True).squeeze(1)
+        # Only where the weights are no numbers is nothing found.
+        return torch.searchsorted(running, value, right=True).squeeze(1).clamp_(max=width - 1)
     span = _SPAN
     whole = width // span * span
     sums = weights[:, :whole].reshape(rows, width // span, span).sum(dim=-1)
