@@ -269,7 +269,7 @@ class EarlyExit(Proposer):
         """The way all requests of this round are drafted."""
         control = batch.length_control
         if isinstance(control, ExitController):
-            if self._controller is None:
+            if self._controller is not control:
                 assert self._selection is not None
                 self._controller = control
                 control.set_exits(self._selection)
