@@ -87,10 +87,6 @@ CONFIGURATIONS = {
         "length_control": CONFIDENCE,
         "verifier": BLOCK,
     },
-    "early_exit, thompson": {
-        **EARLY_EXIT,
-        "length_control": {"name": "thompson", "cost_ratio": 0.1},
-    },
     "early_exit, del": {**EARLY_EXIT, "exit_layer": "auto", "length_control": "del"},
     "early_exit, exits per token": {
         "method": "early_exit",
@@ -104,6 +100,10 @@ MORE_CONFIGURATIONS = {
     "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
     "third party": THIRD_PARTY,
     "early_exit, block": {**EARLY_EXIT, "verifier": BLOCK},
+    "early_exit, thompson": {
+        **EARLY_EXIT,
+        "length_control": {"name": "thompson", "cost_ratio": 0.1},
+    },
     "early_exit, without its law": {**EARLY_EXIT, "draft_sample_method": "greedy"},
     "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": RANKED},
     "early_exit, expected_speedup": {
