@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 import pytest  # noqa: E402
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm import LLM
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 #: Vocabulary of `random_model`.
 VOCABULARY = 512
+#: Token ids of `narrow_models`: every pair of tokens has a bin of its own.
+NARROW_VOCABULARY = 16
 
 Serve = Callable[..., AbstractContextManager["LLM"]]
 
@@ -98,6 +101,94 @@ def exiting_model(random_model: Path, tmp_path_factory: pytest.TempPathFactory) 
                 weights.mul_(0.4**index)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def narrow_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a target, and of a draft model whose law overlaps the target's by two thirds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=NARROW_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    target, draft = (tmp_path_factory.mktemp(name) for name in ("target", "draft"))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        matrices = [weights for weights in model.parameters() if weights.ndim == 2]
+        for weights in matrices:
+            weights.mul_(6)
+        model.lm_head.weight.mul_(2)
+        model.save_pretrained(target)
+        for weights in matrices:
+            weights.add_(torch.randn_like(weights) * weights.std() * 0.15)
+        model.save_pretrained(draft)
+    return target, draft
+
+
+@pytest.fixture(scope="session")
+def exact_law() -> Callable[[LLM, list[int], Mapping[str, Any]], Tensor]:
+    """`exact_law(llm, prompt, sampling)` of an engine that serves the narrow target plainly."""
+
+    def exact_law(llm: Any, prompt: list[int], sampling: Mapping[str, Any]) -> Tensor:
+        """`[V, V, V]` joint law of the first three tokens, from logprobs of every continuation."""
+        import torch
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, logprobs=NARROW_VOCABULARY, detokenize=False, ignore_eos=True, **sampling
+        )
+
+        def next_laws(contexts: list[list[int]]) -> Tensor:
+            prompts = [{"prompt_token_ids": context} for context in contexts]
+            rows = torch.full((len(contexts), NARROW_VOCABULARY), -torch.inf, dtype=torch.float64)
+            for row, output in zip(
+                rows, llm.generate(prompts, params, use_tqdm=False), strict=True
+            ):
+                for token_id, entry in output.outputs[0].logprobs[0].items():
+                    row[token_id] = entry.logprob
+            return rows.exp()
+
+        every = range(NARROW_VOCABULARY)
+        first = next_laws([prompt])[0]
+        second = next_laws([[*prompt, x] for x in every])
+        third = next_laws([[*prompt, x, y] for x in every for y in every])
+        third = third.view(NARROW_VOCABULARY, NARROW_VOCABULARY, NARROW_VOCABULARY)
+        return first[:, None, None] * second[:, :, None] * third
+
+    return exact_law
+
+
+@pytest.fixture(scope="session")
+def write_ranked() -> Callable[[Path, int, Mapping[str, Sequence[int]]], str]:
+    """`write_ranked(path, vocab_size, lists)`: a draft vocabulary's file, and its name.
+
+    Each token of a list was counted; token 2 is always in.
+    """
+    import numpy as np
+
+    from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
+
+    def write_ranked(path: Path, vocab_size: int, lists: Mapping[str, Sequence[int]]) -> str:
+        always = np.array([2])
+        ranked = []
+        for name, token_ids in lists.items():
+            counts = np.bincount(np.asarray(token_ids), minlength=vocab_size) * 10
+            ranked.append(rank(name, counts, always, len(token_ids)))
+        RankedVocabulary(vocab_size, always, tuple(ranked), "", "a test").write(path)
+        return str(path)
+
+    return write_ranked
 
 
 @pytest.fixture(scope="session")

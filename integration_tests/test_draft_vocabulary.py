@@ -7,7 +7,7 @@ of which 9 are drafted from, are held to the target's exact law, token by token 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
 from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
 from vllm_spec_plugins.testing.chi_square import GoodnessOfFit, compare, failures
 
@@ -37,28 +36,15 @@ LENGTH = 5
 PROMPT = [1, 3, 3, 11, 9, 12, 8, 6, 15, 8, 6, 11, 0, 5, 6, 15, 7, 8, 11, 1, 2, 13, 4, 15, 9, 9]
 
 
-def write_ranked(path: Path, vocab_size: int, lists: dict[str, Sequence[int]]) -> str:
-    """A file of ranked lists, each token of which was counted; token 2 is always in."""
-    import numpy as np
-
-    always = np.array([2])
-    ranked = []
-    for name, token_ids in lists.items():
-        counts = np.bincount(np.asarray(token_ids), minlength=vocab_size) * 10
-        ranked.append(rank(name, counts, always, len(token_ids)))
-    RankedVocabulary(vocab_size, always, tuple(ranked), "", "a test").write(path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
-def nearly_all(tmp_path_factory: pytest.TempPathFactory) -> str:
+def nearly_all(write_ranked: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """All tokens of `random_model` but the last."""
     path = tmp_path_factory.mktemp("ranked") / "nearly_all.safetensors"
     return write_ranked(path, WIDE, {"all": range(WIDE - 1)})
 
 
 @pytest.fixture(scope="module")
-def some(tmp_path_factory: pytest.TempPathFactory) -> str:
+def some(write_ranked: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A third of the tokens of `random_model`."""
     path = tmp_path_factory.mktemp("ranked") / "some.safetensors"
     return write_ranked(path, WIDE, {"some": range(2, WIDE, 3)})
@@ -240,38 +226,16 @@ class Narrow:
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Narrow:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=NARROW,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+def narrow(
+    narrow_models: tuple[Path, Path],
+    write_ranked: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Narrow:
     folder = tmp_path_factory.mktemp("narrow")
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        matrices = [weights for weights in model.parameters() if weights.ndim == 2]
-        for weights in matrices:
-            weights.mul_(6)
-        model.lm_head.weight.mul_(2)
-        model.save_pretrained(folder / "target")
-        for weights in matrices:
-            weights.add_(torch.randn_like(weights) * weights.std() * 0.15)
-        model.save_pretrained(folder / "draft")
     ranked = write_ranked(folder / "one.safetensors", NARROW, {"all": DRAFTED})
     lists = {"even": range(0, NARROW, 2), "odd": [2, *range(1, NARROW, 2)]}
     two = write_ranked(folder / "two.safetensors", NARROW, lists)
-    return Narrow(folder / "target", folder / "draft", ranked, two)
+    return Narrow(*narrow_models, ranked, two)
 
 
 @pytest.fixture(scope="module")
@@ -302,29 +266,10 @@ def serve_narrow(serve_offline: Callable[..., Any], narrow: Narrow) -> Callable[
 
 
 @pytest.fixture(scope="module")
-def law(serve_narrow: Any) -> Tensor:
+def law(serve_narrow: Any, exact_law: Any) -> Tensor:
     """`[V, V, V]` exact joint law of the first three tokens after `PROMPT`, at temperature 1."""
-    import torch
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=1, temperature=1.0, logprobs=NARROW, detokenize=False, ignore_eos=True
-    )
-
-    def next_laws(llm: Any, contexts: list[list[int]]) -> Tensor:
-        prompts = [{"prompt_token_ids": context} for context in contexts]
-        rows = torch.zeros(len(contexts), NARROW, dtype=torch.float64)
-        for row, output in zip(rows, llm.generate(prompts, params, use_tqdm=False), strict=True):
-            for token_id, entry in output.outputs[0].logprobs[0].items():
-                row[token_id] = entry.logprob
-        return rows.exp()
-
-    every = range(NARROW)
     with serve_narrow(logprobs_mode="processed_logprobs", max_logprobs=NARROW) as llm:
-        first = next_laws(llm, [PROMPT])[0]
-        second = next_laws(llm, [[*PROMPT, x] for x in every])
-        third = next_laws(llm, [[*PROMPT, x, y] for x in every for y in every])
-    joint = first[:, None, None] * second[:, :, None] * third.view(NARROW, NARROW, NARROW)
+        joint = exact_law(llm, PROMPT, {"temperature": 1.0})
     # The test is about tokens that the draft cannot name: they must matter.
     assert 0.1 < float(joint.sum((0, 2))[OFF_VOCABULARY].sum()) < 0.9
     return joint
@@ -430,7 +375,9 @@ def test_a_wrong_law_is_noticed(
 
 
 @pytest.mark.slow
-def test_the_law_under_a_grammar(nano_model: Path, tmp_path: Path, serve_offline: Any) -> None:
+def test_the_law_under_a_grammar(
+    nano_model: Path, tmp_path: Path, serve_offline: Any, write_ranked: Any
+) -> None:
     """Drafts that a grammar forbids are dropped for what they are; the text must not show it."""
     from scipy.stats import chi2_contingency
     from vllm import SamplingParams

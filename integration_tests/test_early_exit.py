@@ -125,24 +125,22 @@ def test_requests_choose_for_themselves(
 
 
 def test_a_ranked_vocabulary_with_recent_tokens_drafts_them(
-    serve: Any, generate: Any, adapter_of: Any, drafted_by: Any, prompts: Any, tmp_path: Path
+    serve: Any,
+    generate: Any,
+    adapter_of: Any,
+    drafted_by: Any,
+    prompts: Any,
+    write_ranked: Any,
+    tmp_path: Path,
 ) -> None:
     """Only listed tokens are drafted, or a request's own; greedy text stays plain decoding's."""
-    import numpy as np
-
-    from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
-
-    vocab_size, listed = 512, np.arange(0, 512, 2)
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    counts[listed] = 5
-    path = tmp_path / "even.safetensors"
-    lists = (rank("even", counts, np.array([2]), len(listed)),)
-    RankedVocabulary(vocab_size, np.array([2]), lists, "", "even tokens").write(path)
+    listed = range(0, 512, 2)
+    path = write_ranked(tmp_path / "even.safetensors", 512, {"even": listed})
     drafted: dict[str, set[int]] = {"ranked": set(), "with recent tokens": set()}
     texts = {}
     for name, options in (
-        ("ranked", {"file": str(path)}),
-        ("with recent tokens", {"file": str(path), "dynamic_tokens": 32}),
+        ("ranked", {"file": path}),
+        ("with recent tokens", {"file": path, "dynamic_tokens": 32}),
     ):
         with serve({**CONFIG, "draft_vocabulary": options}) as llm:
             proposer = adapter_of(llm).proposer
@@ -156,8 +154,8 @@ def test_a_ranked_vocabulary_with_recent_tokens_drafts_them(
             proposer.propose = watched
             texts[name] = generate(llm, prompts)
             assert next(iter(drafted_by(llm).values()))["accepted"] > 5
-    assert drafted["ranked"] <= set(listed.tolist())
-    assert drafted["with recent tokens"] - set(listed.tolist())
+    assert drafted["ranked"] <= set(listed)
+    assert drafted["with recent tokens"] - set(listed)
     with serve() as llm:
         plain = generate(llm, prompts)
     assert texts == {"ranked": plain, "with recent tokens": plain}
@@ -172,6 +170,7 @@ def test_a_ranked_vocabulary_with_recent_tokens_drafts_them(
         ({"exit_layers": [2]}, "two or more"),
         ({"exit_layers": [3, 2]}, "rising"),
         ({"exit_layer": 2, "exit_layers": [1, 2]}, "exclude each other"),
+        ({"exit_layer": 2, "exit_confidence": 0.5}, "ignored without exit_layers"),
         ({"exit_layer": 2, "skip_ffn": [2]}, "layers 0 to 1"),
         ({"exit_layer": 2, "skip_layers": [0, 1]}, "leaves no layer"),
         ({"exit_layer": 2, "adapter": "missing.safetensors"}, "missing.safetensors"),

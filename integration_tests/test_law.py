@@ -130,58 +130,17 @@ class PlainDecoding:
 
 
 @pytest.fixture(scope="module")
-def narrow_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of a target, and of a draft model whose law overlaps the target's by two thirds."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    target, draft = (tmp_path_factory.mktemp(name) for name in ("target", "draft"))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        matrices = [weights for weights in model.parameters() if weights.ndim == 2]
-        for weights in matrices:
-            weights.mul_(6)
-        model.lm_head.weight.mul_(2)
-        model.save_pretrained(target)
-        for weights in matrices:
-            weights.add_(torch.randn_like(weights) * weights.std() * 0.15)
-        model.save_pretrained(draft)
-    return target, draft
-
-
-@pytest.fixture(scope="module")
-def ranked_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranked_file(write_ranked: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A draft vocabulary that ranks 12 of the 16 tokens."""
-    import numpy as np
-
-    from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
-
-    counts = np.array([9, 9, 9, 9, 9, 0, 9, 0, 9, 9, 0, 9, 0, 9, 9, 9])
-    always = np.array([2])
-    lists = (rank("all", counts, always, 10),)
     path = tmp_path_factory.mktemp("ranked") / "ranked.safetensors"
-    RankedVocabulary(VOCABULARY, always, lists, "", "a test").write(path)
-    return path
+    return write_ranked(path, VOCABULARY, {"all": sorted({*range(VOCABULARY)} - {5, 7, 10, 12})})
 
 
 @pytest.fixture(scope="module")
 def serve_narrow(
     serve_offline: Callable[..., Any],
     narrow_models: tuple[Path, Path],
-    ranked_file: Path,
+    ranked_file: str,
     acme_methods: None,
 ) -> Callable[..., Any]:
     """`serve_offline` for the target of 16 tokens and large batches."""
@@ -195,7 +154,7 @@ def serve_narrow(
             speculative_config["model"] = str(draft)
         if speculative_config is not None and "draft_vocabulary" in speculative_config:
             options = speculative_config["draft_vocabulary"]
-            speculative_config["draft_vocabulary"] = {**options, "file": str(ranked_file)}
+            speculative_config["draft_vocabulary"] = {**options, "file": ranked_file}
         with serve_offline(
             speculative_config,
             model=str(target),
@@ -210,34 +169,11 @@ def serve_narrow(
     return serve
 
 
-def exact_law(llm: Any, prompt: list[int], sampling: dict[str, Any]) -> Tensor:
-    """`[V, V, V]` joint law of the first three tokens, from logprobs of every continuation."""
-    import torch
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=1, logprobs=VOCABULARY, detokenize=False, ignore_eos=True, **sampling
-    )
-
-    def next_laws(contexts: list[list[int]]) -> Tensor:
-        prompts = [{"prompt_token_ids": context} for context in contexts]
-        rows = torch.full((len(contexts), VOCABULARY), -torch.inf, dtype=torch.float64)
-        for row, output in zip(rows, llm.generate(prompts, params, use_tqdm=False), strict=True):
-            for token_id, entry in output.outputs[0].logprobs[0].items():
-                row[token_id] = entry.logprob
-        return rows.exp()
-
-    every = range(VOCABULARY)
-    first = next_laws([prompt])[0]
-    second = next_laws([[*prompt, x] for x in every])
-    third = next_laws([[*prompt, x, y] for x in every for y in every])
-    third = third.view(VOCABULARY, VOCABULARY, VOCABULARY)
-    return first[:, None, None] * second[:, :, None] * third
-
-
 @pytest.fixture(scope="module")
 def plain(
-    serve_narrow: Callable[..., Any], generate: Callable[..., list[list[int]]]
+    serve_narrow: Callable[..., Any],
+    exact_law: Callable[..., Tensor],
+    generate: Callable[..., list[list[int]]],
 ) -> PlainDecoding:
     """The law, after checking that plain decoding itself follows it."""
     prompts = as_prompts(PROMPTS)

@@ -81,21 +81,15 @@ def decode(
 
 @pytest.fixture(scope="module", params=list(CONFIGURATIONS))
 def config(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    write_ranked: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    import numpy as np
-
-    from vllm_spec_plugins.draft_vocabulary import RankedVocabulary, rank
-
     chosen = dict(CONFIGURATIONS[request.param])
     if "draft_vocabulary" in chosen:
         path = tmp_path_factory.mktemp("ranked") / "even.safetensors"
-        counts = np.zeros(512, dtype=np.int64)
-        counts[::2] = 5
-        always = np.array([2])
-        lists = (rank("even", counts, always, 256),)
-        RankedVocabulary(512, always, lists, "", "even tokens").write(path)
-        chosen["draft_vocabulary"] = {**chosen["draft_vocabulary"], "file": str(path)}
+        file = write_ranked(path, 512, {"even": range(0, 512, 2)})
+        chosen["draft_vocabulary"] = {**chosen["draft_vocabulary"], "file": file}
     return chosen
 
 

@@ -214,7 +214,7 @@ class EarlyExit(Proposer):
                 logits, vocabulary = run(step)
                 drawn = draw(logits, draws, 0, wants_confidences=True)
                 token_ids_of(drawn.columns, vocabulary)
-        if Signals.EXITS in self.signals_for(self.options):
+        if chooses(self.options) or self.context.chooses_exits:
             layers, passes = list(self._passes), list(self._passes.values())
             most_draft = facts.num_speculative_tokens
             if facts.tensor_parallel_size > 1:  # ranks must agree
@@ -387,6 +387,11 @@ def plan(options: EarlyExitOptions, num_layers: int) -> Exits:
             f"early_exit: {named[0]} and {others[0]} exclude each other: one exit, several that "
             "auto chooses from (exit_candidates), or several that each token chooses from "
             "(exit_layers)."
+        )
+    if "exit_confidence" in options.model_fields_set and options.exit_layers is None:
+        raise ConfigError(
+            "early_exit: exit_confidence says when a token leaves at one of several exits, and "
+            "would be ignored without exit_layers. Remove it, or give exit_layers."
         )
     if options.exit_layers is not None:
         layers, per_token = options.exit_layers, True

@@ -239,7 +239,7 @@ class TestTraining:
 
     def test_the_learning_rate_rises_stays_and_falls(self) -> None:
         recipe = dataclasses.replace(_tiny(), steps=100)
-        rates = [schedule(step, recipe) for step in range(100)]
+        rates = [schedule(step, recipe.steps) for step in range(100)]
         assert rates[0] < rates[3] < rates[4] == rates[30] == 1
         assert all(a > b for a, b in itertools.pairwise(rates[30:]))
         assert 0.02 < rates[-1] < 0.05

@@ -41,9 +41,12 @@ class EngineContext:
         device: Where the target runs; tensors handed to plugins live there.
         max_num_requests: Most requests in one step.
         seed: The engine's seed; equal on all ranks.
+        chooses_exits: Whether the length controller chooses among a proposer's exits
+            (`length_control.Signals.EXITS`).
     """
 
     facts: ModelFacts
     device: torch.device
     max_num_requests: int
     seed: int
+    chooses_exits: bool = False

@@ -25,6 +25,7 @@ from torch import Tensor
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.zoo.cache import key_of, write_atomically
 from vllm_spec_plugins.zoo.muon import Muon
+from vllm_spec_plugins.zoo.training import schedule
 
 from .acceptance_walk import ratio_with_error
 from .adapter_block import AdapterBlock, probes_of, target_shape
@@ -215,13 +216,6 @@ def train(
             }
             write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
     return TrainedBlock(block, losses, time.perf_counter() - start, resumed_at)
-
-
-def schedule(step: int, steps: int) -> float:
-    """Learning rate at `step` as a share of its peak: up, level, then down along a line to 2 %."""
-    warm_up = max(1, round(0.05 * steps))
-    falling = max(0.0, (step - 0.3 * steps) / (0.7 * steps))
-    return min(1.0, (step + 1) / warm_up) * (1 - 0.98 * falling)
 
 
 def windows_of_step(step: int, windows: int, recipe: AdapterRecipe) -> NDArray[np.int64]:

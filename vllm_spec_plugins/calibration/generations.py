@@ -143,6 +143,8 @@ def _running(
     import torch
     from vllm import LLM, SamplingParams
 
+    from vllm_spec_plugins.engine.offline import shut_down
+
     options = {"enforce_eager": not torch.cuda.is_available(), **(engine.options or {})}
     longest = max(map(len, prompts)) + sampling.max_tokens
     llm = LLM(
@@ -169,8 +171,7 @@ def _running(
     try:
         yield complete
     finally:
-        # The engine's own process ends with it.
-        llm.llm_engine.engine_core.shutdown()
+        shut_down(llm)
 
 
 def _environment(engine: Engine) -> dict[str, str]:

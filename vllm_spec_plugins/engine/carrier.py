@@ -68,10 +68,13 @@ def proposer_needs(settings: PluginSettings) -> Needs:
         return Needs.HISTORY
     proposer, options = settings.proposer.build(Kind.PROPOSER, registry())
     needs: Needs = proposer.needs_for(options)
+    return needs | Needs.LAYER_STATES if chooses_exits(settings) else needs
+
+
+def chooses_exits(settings: PluginSettings) -> bool:
+    """Whether the length controller chooses among the proposer's exits."""
     control = registry().load(Kind.LENGTH_CONTROLLER, settings.length_control.name)
-    if Signals.EXITS in control.needs:
-        needs |= Needs.LAYER_STATES
-    return needs
+    return Signals.EXITS in control.needs
 
 
 @config

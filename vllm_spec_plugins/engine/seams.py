@@ -459,6 +459,12 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("engine/arg_utils.py", "EngineArgs", "read", "adapters served", ("enable_lora",)),
     Seam(
+        "v1/engine/core_client.py",
+        "EngineCoreClient.shutdown",
+        "read",
+        "ends an offline engine that calibration started",
+    ),
+    Seam(
         "v1/spec_decode/metadata.py",
         "SpecDecodeMetadata",
         "read",

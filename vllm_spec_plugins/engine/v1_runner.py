@@ -27,7 +27,7 @@ from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, StepS
 from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.verifier import Verification, Verifier
 
-from .carrier import PluginSpeculativeConfig, model_facts, registry
+from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
 from .ranked_drafter import RankedDrafter
 from .requests import RequestBatch, RequestStates
 from .target import Target
@@ -76,6 +76,7 @@ class V1Adapter:
             device=runner.device,
             max_num_requests=vllm_config.scheduler_config.max_num_seqs,
             seed=model.seed or 0,
+            chooses_exits=chooses_exits(settings),
         )
         self.proposer_name = settings.proposer.name if settings.proposer else str(spec.method)
         self.requests = RequestStates(

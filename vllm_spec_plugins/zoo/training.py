@@ -87,7 +87,7 @@ def train(
     for step in range(done, recipe.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, recipe)
+                group["lr"] = group["peak"] * schedule(step, recipe.steps)
         windows = torch.from_numpy(batch_of_step(tokens, step, recipe))
         losses.append(_step(model, optimizers, windows, step, recipe, dtype))
         if on_step is not None:
@@ -103,11 +103,11 @@ def train(
     return Trained(model, losses, time.perf_counter() - start, done)
 
 
-def schedule(step: int, recipe: TextRecipe) -> float:
+def schedule(step: int, steps: int) -> float:
     """Learning rate at `step` as a share of its peak: up, level, then down along a line to 2 %."""
-    warm_up = max(1, round(0.05 * recipe.steps))
-    level_until = 0.3 * recipe.steps
-    falling = max(0.0, (step - level_until) / (recipe.steps - level_until))
+    warm_up = max(1, round(0.05 * steps))
+    level_until = 0.3 * steps
+    falling = max(0.0, (step - level_until) / (steps - level_until))
     return min(1.0, (step + 1) / warm_up) * (1 - 0.98 * falling)
 
 
