@@ -25,6 +25,9 @@ from .random_numbers import Purpose, uniforms
 from .vocabulary_passes import first_argmax, log_normaliser, probability_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .context import EngineContext, ModelFacts
     from .draft_probabilities import DraftProbabilities
 
@@ -49,6 +52,35 @@ class VerifierOptions(PluginOptions):
     """Options of one verifier: the keys it accepts beside `name`."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenHistory:
+    """What the requests of a step have said so far. On the host; nothing is copied.
+
+    Attributes:
+        token_ids: `[rows, max_model_len]` int32, a view of the engine's own table. Row
+            `rows[i]`, columns below `num_tokens[i]`, are request i's prompt and verified
+            output. Everything else in it is stale: do not read it.
+        rows: `[R]` int64, row of each request in `token_ids`. Rows move between steps.
+        num_tokens: `[R]` int64, prompt plus verified output; 0 where the prompt came as
+            embeddings and nothing may be read.
+        num_prompt_tokens: `[R]` int64.
+    """
+
+    token_ids: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
+
+    def select(self, requests: NDArray[np.int64]) -> TokenHistory:
+        """The same for some requests only."""
+        return TokenHistory(
+            self.token_ids,
+            self.rows[requests],
+            self.num_tokens[requests],
+            self.num_prompt_tokens[requests],
+        )
+
+
 @dataclass(frozen=True)
 class VerifyInput:
     """One verification step.
@@ -66,6 +98,9 @@ class VerifyInput:
         streams: `[R]` int64 random stream of each request.
         positions: `[R]` int64 sequence position of the first draft token.
         hidden_states: `[N, H]` final hidden state *at* each draft token, if asked for.
+        constrained: `[R]` bool, requests whose text must follow a grammar (structured
+            output); None when there are none.
+        history: Tokens before the draft, on the host; None outside an engine.
     """
 
     request_ids: Sequence[str]
@@ -84,6 +119,8 @@ class VerifyInput:
     #: Whether every / any request is greedy.
     all_greedy: bool = field(kw_only=True)
     any_greedy: bool = field(kw_only=True)
+    constrained: Tensor | None = field(default=None, kw_only=True)
+    history: TokenHistory | None = field(default=None, kw_only=True)
 
     @cached_property
     def greedy(self) -> Tensor:
@@ -129,6 +166,13 @@ class VerifyInput:
         return token_ids
 
     @cached_property
+    def allowed(self) -> Tensor:
+        """`[N]` bool, draft tokens the sampling options do not exclude; False for placeholders."""
+        column = self.draft_token_ids.clamp(min=0).unsqueeze(1)
+        logits = self.target_logits.gather(1, column).squeeze(1)
+        return (self.draft_token_ids >= 0) & (logits > -torch.inf)
+
+    @cached_property
     def draft_token_probability(self) -> Tensor:
         """`[N]` p(x), the target's probability of each draft token; 0 for placeholders."""
         p = probability_of(self.target_logits, self.draft_token_ids.clamp(min=0))
@@ -170,6 +214,8 @@ class VerifyInput:
             max_num_draft=self.max_num_draft,
             all_greedy=self.all_greedy,
             any_greedy=self.any_greedy,
+            constrained=None if self.constrained is None else self.constrained[requests],
+            history=None if self.history is None else self.history.select(requests.cpu().numpy()),
         )
 
 
@@ -313,6 +359,18 @@ def token_acceptance(batch: VerifyInput) -> Tensor:
     p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
     # A placeholder has p = q = 0 and is never accepted.
     return torch.where(p < q, p / q, (p > 0).to(p.dtype))
+
+
+def token_acceptance_over_vocabulary(batch: VerifyInput, rows: Tensor) -> Tensor:
+    """`[M, V]` min(1, p(y)/q(y)) of every token y at some of the N rows; 1 where q is 0."""
+    p = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
+    ids = batch.draft_token_ids[rows]
+    if batch.draft_probabilities is None:
+        q = torch.zeros_like(p)
+        q.scatter_(1, ids.clamp(min=0).unsqueeze(1), (ids >= 0).to(q.dtype).unsqueeze(1))
+    else:
+        q = batch.draft_probabilities.dense(rows, ids, p.shape[1]).to(p.dtype)
+    return torch.where(p < q, p / q, torch.ones_like(p))
 
 
 def _extra_acceptance(batch: VerifyInput, accept: Tensor, accepted: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class RequestState:
             biases the text if it was drawn, and costs nothing if it was chosen.
         cache_salt: "" when it came without one.
         has_token_history: False when its prompt came as embeddings.
+        has_grammar: Whether its text must follow a grammar (structured output).
     """
 
     stream: int
@@ -40,6 +41,7 @@ class RequestState:
     temperature: float
     cache_salt: str
     has_token_history: bool
+    has_grammar: bool
 
 
 #: Key of `SamplingParams.extra_args` under which the worker finds a request's cache salt.
@@ -62,6 +64,8 @@ class RequestBatch:
         draft_limits: `[R]` int64.
         max_tokens: `[R]` int64, very large where unbounded.
         cache_salts: `[R]`.
+        has_grammar: `[R]` bool, or None when none of them has one.
+        lacks_history: `[R]` bool, whose prompt came as embeddings, or None when none did.
     """
 
     request_ids: list[str]
@@ -71,6 +75,8 @@ class RequestBatch:
     draft_limits: NDArray[np.int64]
     max_tokens: NDArray[np.int64]
     cache_salts: list[str]
+    has_grammar: NDArray[np.bool_] | None
+    lacks_history: NDArray[np.bool_] | None
 
 
 class RequestStates:
@@ -102,7 +108,7 @@ class RequestStates:
         # A decoding batch is the same for many steps.
         self._batches: dict[tuple[str, ...], RequestBatch] = {}
         # Rows of warm-up batches belong to no request.
-        self._nobody = RequestState(0, verifier, num_speculative_tokens, None, 0.0, "", True)
+        self._nobody = RequestState(0, verifier, num_speculative_tokens, None, 0.0, "", True, False)
 
     def __getitem__(self, request_id: str) -> RequestState:
         return self._states.get(request_id, self._nobody)
@@ -130,6 +136,8 @@ class RequestStates:
                 dtype=np.int64,
             ),
             cache_salts=[state.cache_salt for state in states],
+            has_grammar=_if_any([state.has_grammar for state in states]),
+            lacks_history=_if_any([not state.has_token_history for state in states]),
         )
 
     def __len__(self) -> int:
@@ -164,9 +172,14 @@ class RequestStates:
             temperature=0.0 if has_grammar or params is None else params.temperature,
             cache_salt=extra.get(CACHE_SALT, ""),
             has_token_history=has_token_history,
+            has_grammar=has_grammar,
         )
 
     def remove(self, request_id: str) -> None:
         """Finished or aborted."""
         if self._states.pop(request_id, None) is not None:
             self._batches.clear()
+
+
+def _if_any(flags: list[bool]) -> NDArray[np.bool_] | None:
+    return np.array(flags, dtype=np.bool_) if any(flags) else None

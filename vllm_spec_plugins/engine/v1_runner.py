@@ -25,7 +25,7 @@ from vllm_spec_plugins.length_control import Fixed, LengthController, RequestKey
 from vllm_spec_plugins.metrics import Metrics
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, StepStates
 from vllm_spec_plugins.registry import Kind
-from vllm_spec_plugins.verifier import Verification, Verifier
+from vllm_spec_plugins.verifier import TokenHistory, Verification, Verifier
 
 from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
 from .ranked_drafter import RankedDrafter
@@ -225,6 +225,21 @@ class V1Adapter:
         """
         known = self.runner.input_batch.num_tokens_no_spec[:count].astype(np.int64)
         return torch.from_numpy(known).to(self.runner.device)
+
+    def token_history(self, requests: RequestBatch) -> TokenHistory | None:
+        """What the requests of the step have said; None in warm-up, whose rows are nobody's."""
+        batch, count = self.runner.input_batch, len(requests.request_ids)
+        if len(batch.req_ids) < count:
+            return None
+        num_tokens = batch.num_tokens_no_spec[:count].astype(np.int64)
+        if requests.lacks_history is not None:
+            num_tokens[requests.lacks_history] = 0
+        return TokenHistory(
+            batch.token_ids_cpu,
+            np.arange(count),
+            num_tokens,
+            batch.num_prompt_tokens[:count].astype(np.int64),
+        )
 
     def draft_hidden_states(self, metadata: Any) -> Tensor | None:
         """`[N, H]` the target's final hidden state at each draft token."""

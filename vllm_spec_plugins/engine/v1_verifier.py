@@ -258,6 +258,12 @@ class VerifierBridge(RejectionSampler):
             max_num_draft=max_spec_len,
             all_greedy=sampling_metadata.all_greedy,
             any_greedy=not sampling_metadata.all_random,
+            constrained=(
+                None
+                if requests.has_grammar is None
+                else torch.from_numpy(requests.has_grammar).to(device)
+            ),
+            history=adapter.token_history(requests),
         )
         verification = self._verify(batch, requests.verifiers)
         adapter.verified(verification)

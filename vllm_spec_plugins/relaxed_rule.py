@@ -1,0 +1,153 @@
+"""Acceptance rules that accept more than the target's law allows, and count what it costs.
+
+By how much a rule accepts a draft token beyond min(1, p/q) is, with the residual the base
+class draws from, exactly the total-variation distance it adds at that position. A relaxed
+rule therefore knows its price while it serves, and can be told to stop at one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .request_table import RequestTable
+from .verifier import (
+    AcceptanceRule,
+    Guarantee,
+    Verification,
+    VerifierOptions,
+    VerifyInput,
+    greedy_matches,
+    token_acceptance,
+    token_acceptance_over_vocabulary,
+)
+
+if TYPE_CHECKING:
+    from .context import EngineContext
+
+
+class RelaxedOptions(VerifierOptions):
+    """What every relaxed verifier accepts."""
+
+    max_total_variation: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="A request whose mean price per draft token looked at reaches this is "
+        "verified exactly until the mean is below it again; 0: always. Absent: no limit.",
+    )
+
+
+class RelaxedRule(AcceptanceRule):
+    """A verifier that accepts more than the exact rule, token by token.
+
+    Subclasses say how likely they accept (`relaxed_acceptance`, `relaxed_greedy_acceptance`).
+    This class holds them to three things:
+
+    - A token that the request's sampling options exclude (logit -inf: grammar, bad words,
+      allowed tokens, top-k, top-p) is never accepted.
+    - A greedy request's most likely token is always accepted.
+    - A request that has used up `max_total_variation` is verified exactly, whatever the
+      rule says, and without touching the other requests of the batch.
+    """
+
+    Options: ClassVar[type[VerifierOptions]] = RelaxedOptions
+    guarantee = Guarantee.HEURISTIC
+
+    options: RelaxedOptions
+
+    def __init__(self, options: RelaxedOptions, context: EngineContext) -> None:
+        super().__init__(options, context)
+        #: Of each request with a limit: price paid, draft tokens looked at.
+        self._spent = RequestTable((0.0, 0.0), capacity=16)
+
+    @abstractmethod
+    def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
+        """`[N]` probability, in [0, 1], that each draft token is accepted.
+
+        What it says about rows of greedy requests and placeholders is not used.
+        """
+
+    def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` bool for rows of greedy requests: accepted though not the most likely token."""
+        del batch
+        return torch.zeros_like(rows, dtype=torch.bool)
+
+    def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor | None:
+        """`[M, V]` f(y) for every token y at some of the N rows.
+
+        Only for rules that may accept *less* than min(1, p/q); see
+        `AcceptanceRule.acceptance_over_vocabulary`.
+        """
+        del batch, rows
+
+    def exact_requests(self, batch: VerifyInput) -> Tensor | None:
+        """`[R]` bool, requests verified exactly in this step; None when there are none."""
+        limit = self.options.max_total_variation
+        if limit is None:
+            return None
+        # Requests not seen before have paid nothing.
+        price, looked_at = self._spent.values[self._spent.rows(batch.request_ids)].T
+        exact = price >= limit * looked_at
+        if limit > 0:
+            exact &= looked_at > 0
+        return torch.from_numpy(exact).to(batch.num_draft.device) if exact.any() else None
+
+    # What the base class asks for.
+
+    def acceptance(self, batch: VerifyInput) -> Tensor:
+        accept = self.relaxed_acceptance(batch)
+        accept = torch.where(batch.allowed, accept, torch.zeros_like(accept))
+        exact = self.exact_requests(batch)
+        if exact is None:
+            return accept
+        return torch.where(exact[batch.request_of], token_acceptance(batch), accept)
+
+    def greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        relaxed = self.relaxed_greedy_acceptance(batch, rows) & batch.allowed[rows]
+        exact = self.exact_requests(batch)
+        if exact is not None:
+            relaxed &= ~exact[batch.request_of[rows]]
+        return relaxed | greedy_matches(batch)[rows]
+
+    def acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor | None:
+        accept = self.relaxed_acceptance_over_vocabulary(batch, rows)
+        if accept is None:
+            return None
+        exact = self.exact_requests(batch)
+        if exact is None:
+            return accept
+        which = exact[batch.request_of[rows]].nonzero().squeeze(1)
+        ordinary = token_acceptance_over_vocabulary(batch, rows[which])
+        return accept.index_copy(0, which, ordinary.to(accept.dtype))
+
+    def verify(self, batch: VerifyInput) -> Verification:
+        verification = super().verify(batch)
+        self.pay(batch, verification)
+        return verification
+
+    def pay(self, batch: VerifyInput, verification: Verification) -> None:
+        """Add a step to what its requests have spent. For rules that override `verify`."""
+        if self.options.max_total_variation is None or verification.extra_acceptance is None:
+            return
+        looked_at = batch.index_in_draft <= verification.accepted[batch.request_of]
+        looked_at &= batch.draft_token_ids >= 0
+        step = torch.stack([verification.extra_acceptance.double(), looked_at.double()], dim=1)
+        of_request = step.new_zeros(len(batch.num_draft), 2)
+        of_request.index_add_(0, batch.request_of, step)
+        rows = self._spent.rows(batch.request_ids)
+        np.add.at(self._spent.values, rows, of_request.cpu().numpy())
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        self._spent.forget(request_ids)
+
+    @property
+    def _matches_exactly(self) -> bool:
+        kind = type(self)
+        return kind.relaxed_greedy_acceptance is RelaxedRule.relaxed_greedy_acceptance
