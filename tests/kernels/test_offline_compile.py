@@ -1,0 +1,108 @@
+"""Shipped launches, compiled for GPUs that are not there, held to `footprints.json`.
+
+After a change of a kernel, look at the differences these tests print, and if they are wanted
+write the table anew: `UPDATE_FOOTPRINTS=1 pytest tests/kernels/test_offline_compile.py`.
+
+A kernel joins with a file in `shipped/`: `launches()` yields pairs of a name and a function
+that makes the launches on meta tensors. Numbers are those of one Triton version; under another
+only what must always hold is tested: no spills, shared memory that fits, wide loads where the
+table has them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from vllm_spec_plugins.testing.offline_compile import (  # noqa: E402
+    SHARED_LIMIT,
+    TARGETS,
+    Footprint,
+    Launch,
+    footprint,
+    record_launches,
+)
+
+HERE = Path(__file__).parent
+TABLE = HERE / "footprints.json"
+UPDATE = os.environ.get("UPDATE_FOOTPRINTS") == "1"
+
+
+def minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def shipped() -> Iterator[tuple[str, Launch]]:
+    """Every launch of every file in `shipped/`, named `file.configuration.kernel`."""
+    for file in sorted((HERE / "shipped").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"shipped_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        launches: Callable[[], Iterator[tuple[str, Callable[[], object]]]] = module.launches
+        for configuration, run in launches():
+            for launch in record_launches(run):
+                yield f"{file.stem}.{configuration}.{launch.name}", launch
+
+
+SHIPPED = dict(shipped())
+
+
+def read_table() -> dict:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "launches": {}}
+
+
+def write(name: str, found: dict[str, Footprint]) -> None:
+    table = read_table()
+    table["triton"] = minor(triton.__version__)
+    table["launches"][name] = {key: asdict(value) for key, value in found.items()}
+    table["launches"] = {key: table["launches"][key] for key in sorted(table["launches"])}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def differences(old: dict, new: dict[str, Footprint]) -> list[str]:
+    """One line for each number that moved."""
+    lines = []
+    for architecture, found in new.items():
+        before = old.get(architecture, {})
+        for what, value in asdict(found).items():
+            if before.get(what) != value:
+                lines.append(f"  {architecture}: {what} {before.get(what)} -> {value}")
+    return lines
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_footprint(name: str) -> None:
+    found = {architecture: footprint(SHIPPED[name], architecture) for architecture in TARGETS}
+    for architecture, one in found.items():
+        assert one.spills == 0, f"{name} on {architecture}: {one}"
+        assert one.shared_bytes <= SHARED_LIMIT[architecture], f"{name} on {architecture}: {one}"
+    if UPDATE:
+        write(name, found)
+    table = read_table()
+    expected = table["launches"].get(name)
+    assert expected is not None, f"{name} is not in {TABLE.name}"
+    if table["triton"] == minor(triton.__version__):
+        moved = differences(expected, found)
+        assert not moved, "\n".join([f"{name} compiles to other numbers:", *moved])
+    for architecture, one in found.items():
+        wide = expected[architecture]["loads_128"]
+        assert bool(one.loads_128) >= bool(wide), f"{name} on {architecture}: no wide loads"
+
+
+def test_the_table_names_what_is_shipped() -> None:
+    """A launch that is gone leaves the table with it."""
+    if UPDATE:
+        table = read_table()
+        table["launches"] = {k: v for k, v in table["launches"].items() if k in SHIPPED}
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    assert sorted(read_table()["launches"]) == sorted(SHIPPED)
