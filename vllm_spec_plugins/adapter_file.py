@@ -14,7 +14,6 @@ H hidden size, D head width. `proposers/exit_adapter.py` computes with it,
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .card_file import CardFormat, check_sizes
 from .errors import SpecPluginsError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-_METADATA = "exit_adapter"
+_FORMAT = CardFormat("exit adapter", "exit_adapter", FORMAT_VERSION, "vllm-spec calibrate adapter")
 
 #: Cosine between the embedding rows of one model in float32 and in a quantised form is above
 #: this; those of two models are near 0.
@@ -91,35 +91,11 @@ class AdapterCard:
         Raises:
             SpecPluginsError: No such file, not an adapter, or one of another format version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise SpecPluginsError(
-                f"no adapter file {path}: `vllm-spec calibrate adapter` trains one"
-            )
+        values = _FORMAT.read(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                text = (file.metadata() or {}).get(_METADATA)
-        except (SafetensorError, OSError) as error:
-            raise SpecPluginsError(f"{path} is not an exit adapter: {error}") from error
-        if text is None:
-            raise SpecPluginsError(
-                f"{path} is not an exit adapter: it has no card. Files that "
-                "`vllm-spec calibrate adapter` writes have one"
-            )
-        try:
-            values: dict[str, Any] = json.loads(text)
-            version = values.pop("format_version")
-            if version == FORMAT_VERSION:
-                return cls(target=TargetShape(**values.pop("target")), **values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SpecPluginsError(
-                f"{path} is not an exit adapter: bad card ({error!r})"
-            ) from error
-        raise SpecPluginsError(
-            f"{path} is an exit adapter of format version {version}; this release reads version "
-            f"{FORMAT_VERSION}: train it again, or use the release that wrote it"
-        )
+            return cls(target=TargetShape(**values.pop("target")), **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _FORMAT.bad_card(path, error) from error
 
     def check(self, facts: ModelFacts, exit_layer: int) -> None:
         """Whether the adapter belongs to the model about to be served.
@@ -132,13 +108,9 @@ class AdapterCard:
             SpecPluginsError: It was trained for another model or exit layer, or cannot be
                 split among so many ranks.
         """
-        for name in ("hidden_size", "num_layers", "vocab_size"):
-            there, here = getattr(self.target, name), getattr(facts, name)
-            if there != here:
-                raise SpecPluginsError(
-                    f'the adapter was trained for another model ("{self.model}"): '
-                    f"its {name} is {there}, that of {facts.model} is {here}"
-                )
+        names = ("hidden_size", "num_layers", "vocab_size")
+        sizes = {name: getattr(self.target, name) for name in names}
+        check_sizes("adapter", self.model, sizes, facts)
         if exit_layer != self.exit_layer:
             raise SpecPluginsError(
                 f"the adapter was trained for exit_layer {self.exit_layer}, not {exit_layer}: "
@@ -235,16 +207,9 @@ def write_adapter(
     Raises:
         ValueError: A weight is missing, left over, or of another shape.
     """
-    from safetensors.torch import save
-
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if shapes != card.tensor_shapes():
         raise ValueError(f"weights {shapes} are not those of the card: {card.tensor_shapes()}")
     tensors = {**weights, "probe.embedding": probes.embedding, "probe.rotation": probes.rotation}
-    values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(card)}
-    data = save(
-        {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()},
-        metadata={_METADATA: json.dumps(values)},
-    )
-    # `save_file` would leave it unreadable to a server that runs as another user.
-    Path(path).write_bytes(data)
+    tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    _FORMAT.write(path, dataclasses.asdict(card), tensors)
