@@ -1,0 +1,73 @@
+"""Which draft tokens lie between an opening and a closing token: inside a tool call, say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .request_table import RequestTable
+from .verifier import VerifyInput
+
+_OPENS, _CLOSES = 1, 2
+
+
+class TokenSpans:
+    """Follows every request's text and knows whether it is inside a span now.
+
+    A request's tokens are read once, on the host. What lies between the draft's own tokens is
+    found on the device.
+
+    Args:
+        vocab_size: V.
+        pairs: Token ids that open and close a span. Spans do not nest: any closing token closes.
+    """
+
+    def __init__(self, vocab_size: int, pairs: Iterable[Sequence[int]]) -> None:
+        self._kind = torch.zeros(vocab_size, dtype=torch.int8)
+        for opening, closing in pairs:
+            self._kind[opening], self._kind[closing] = _OPENS, _CLOSES
+        #: Of each request: tokens read, whether a span is open after them.
+        self._read = RequestTable((0.0, 0.0), capacity=16)
+
+    def __bool__(self) -> bool:
+        return bool(self._kind.any())
+
+    def inside(self, batch: VerifyInput) -> Tensor:
+        """`[N]` bool, draft tokens inside a span; the token that opens one is not."""
+        ids, device = batch.draft_token_ids, batch.draft_token_ids.device
+        if self._kind.device != device:
+            self._kind = self._kind.to(device)
+        kind = torch.where(ids >= 0, self._kind[ids.clamp(min=0)], 0)
+        here = torch.arange(len(ids), device=device)
+        # The last opening or closing token before each draft token, among all rows.
+        last = torch.where(kind > 0, here, -1).cummax(0).values.roll(1)
+        last[:1] = -1
+        of_this_draft = last >= batch.first[batch.request_of]
+        opened_here = kind[last.clamp(min=0)] == _OPENS
+        before = self._open_before(batch)[batch.request_of]
+        return torch.where(of_this_draft, opened_here, before)
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that are gone."""
+        self._read.forget(request_ids)
+
+    def _open_before(self, batch: VerifyInput) -> Tensor:
+        """`[R]` bool, whether a span is open where each draft begins."""
+        history, kind = batch.history, self._kind.cpu().numpy()
+        if history is None:
+            return torch.zeros_like(batch.num_draft, dtype=torch.bool)
+        table = self._read.rows(batch.request_ids)
+        for row, place, end in zip(
+            table.tolist(), history.rows.tolist(), history.num_tokens.tolist(), strict=True
+        ):
+            start = int(self._read.values[row, 0])
+            if end > start:
+                kinds = kind[history.token_ids[place, start:end]]
+                marks = np.flatnonzero(kinds)
+                if len(marks):
+                    self._read.values[row, 1] = kinds[marks[-1]] == _OPENS
+                self._read.values[row, 0] = end
+        return torch.from_numpy(self._read.values[table, 1] > 0).to(batch.num_draft.device)
