@@ -60,10 +60,9 @@ class RelaxedRule(AcceptanceRule):
     Options: ClassVar[type[VerifierOptions]] = RelaxedOptions
     guarantee = Guarantee.HEURISTIC
 
-    options: RelaxedOptions
-
     def __init__(self, options: RelaxedOptions, context: EngineContext) -> None:
         super().__init__(options, context)
+        self._max_total_variation = options.max_total_variation
         #: Of each request with a limit: price paid, draft tokens looked at.
         self._spent = RequestTable((0.0, 0.0), capacity=16)
 
@@ -89,7 +88,7 @@ class RelaxedRule(AcceptanceRule):
 
     def exact_requests(self, batch: VerifyInput) -> Tensor | None:
         """`[R]` bool, requests verified exactly in this step; None when there are none."""
-        limit = self.options.max_total_variation
+        limit = self._max_total_variation
         if limit is None:
             return None
         # Requests not seen before have paid nothing.
@@ -134,7 +133,7 @@ class RelaxedRule(AcceptanceRule):
 
     def pay(self, batch: VerifyInput, verification: Verification) -> None:
         """Add a step to what its requests have spent. For rules that override `verify`."""
-        if self.options.max_total_variation is None or verification.extra_acceptance is None:
+        if self._max_total_variation is None or verification.extra_acceptance is None:
             return
         looked_at = batch.index_in_draft <= verification.accepted[batch.request_of]
         looked_at &= batch.draft_token_ids >= 0

@@ -266,8 +266,9 @@ class AcceptanceRule(Verifier):
     The base class walks the chain to the first rejection, draws the token after it and
     appends the bonus token. With f the acceptance probability, the token after a rejection
     comes from norm([p - q f]+), the best residual for that f (Cool-SD); where
-    f >= min(1, p/q) everywhere this is the ordinary norm([p - q]+), and the extra acceptance
-    is then exactly the total-variation distance to the target's law.
+    f >= min(1, p/q) everywhere this is the ordinary norm([p - q]+). With that residual the mean
+    of [f - min(1, p/q)]+ over q, the extra acceptance, is exactly the total-variation distance
+    to the target's law.
     """
 
     @abstractmethod
@@ -373,17 +374,22 @@ def token_acceptance_over_vocabulary(batch: VerifyInput, rows: Tensor) -> Tensor
     return torch.where(p < q, p / q, torch.ones_like(p))
 
 
+def exact_acceptance(batch: VerifyInput) -> Tensor:
+    """`[N]` what the exact rule accepts with: min(1, p/q), 0 or 1 for greedy requests."""
+    if batch.all_greedy:
+        return greedy_matches(batch).to(batch.target_logits.dtype)
+    exact = token_acceptance(batch)
+    if batch.any_greedy:
+        matches = greedy_matches(batch).to(exact.dtype)
+        exact = torch.where(batch.greedy[batch.request_of], matches, exact)
+    return exact
+
+
 def _extra_acceptance(batch: VerifyInput, accept: Tensor, accepted: Tensor) -> Tensor:
     """`[N]` what was accepted beyond the exact rule, at the positions that were looked at."""
-    if batch.all_greedy:
-        exact = greedy_matches(batch).to(accept.dtype)
-    else:
-        exact = token_acceptance(batch)
-        if batch.any_greedy:
-            matches = greedy_matches(batch).to(exact.dtype)
-            exact = torch.where(batch.greedy[batch.request_of], matches, exact)
     looked_at = batch.index_in_draft <= accepted[batch.request_of]
-    return torch.where(looked_at, (accept - exact).clamp(min=0), torch.zeros_like(exact))
+    excess = (accept - exact_acceptance(batch)).clamp(min=0)
+    return torch.where(looked_at, excess, torch.zeros_like(excess))
 
 
 def greedy_matches(batch: VerifyInput) -> Tensor:

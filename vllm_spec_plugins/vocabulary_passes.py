@@ -45,6 +45,22 @@ def probability_of(logits: Tensor, token_ids: Tensor) -> Tensor:
     return result
 
 
+def entropy(logits: Tensor, rows: Tensor) -> Tensor:
+    """`[M]` entropy, in nats, of the softmax of some rows of `[rows, V]` logits; -inf allowed."""
+    result = logits.new_empty(len(rows))
+    lowest = torch.finfo(logits.dtype).min / 2
+    law, product = logits.new_empty(0), logits.new_empty(0)
+    for block in row_blocks(len(rows), logits):
+        chosen = logits.index_select(0, rows[block])
+        torch.softmax(chosen, dim=-1, out=law.resize_(0))
+        best, where = chosen.max(dim=-1)
+        # -sum p log p = log Z - sum p l, and log Z = l - log p at the best token.
+        log_normaliser = best - law.gather(1, where.unsqueeze(1)).squeeze(1).log()
+        torch.mul(law, chosen.clamp_(min=lowest), out=product.resize_(0))
+        result[block] = log_normaliser - product.sum(dim=-1)
+    return result.clamp_(min=0)
+
+
 def first_argmax(logits: Tensor) -> Tensor:
     """`[rows]` int64 column of each row's largest value, the first of equals.
 

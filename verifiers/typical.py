@@ -1,0 +1,54 @@
+"""`typical`: Medusa's typical acceptance (Cai et al. 2401.10774).
+
+A draft token x stands when the target finds it likely enough for how undecided it is:
+
+    p(x) > min(epsilon, delta exp(-H(p)))
+
+with H the entropy of p. The draft's law plays no part, so the rule accepts some tokens more
+often than min(1, p/q) and others less. After a rejection the paper draws from p; this draws
+from norm([p - q f]+), which is the nearest to the target's law that this acceptance allows.
+Greedy requests use exact matching, as in the paper.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.vocabulary_passes import entropy
+
+
+class TypicalOptions(RelaxedOptions):
+    epsilon: float = Field(
+        0.09, gt=0, le=1, description="A token at least this likely under the target stands."
+    )
+    delta: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="Less likely tokens stand above this times exp(-entropy) of the target's law.",
+    )
+
+
+class Typical(RelaxedRule):
+    """Accepts what is typical of the target, whatever the draft's law."""
+
+    Options = TypicalOptions
+    options: TypicalOptions
+
+    def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
+        p = batch.draft_token_probability
+        stands = p > self.options.epsilon
+        # The entropy decides the others, and is at most log V.
+        least = self.options.delta / batch.target_logits.shape[1]
+        rows = (~stands & (p >= least)).nonzero().squeeze(1)
+        bar = self.options.delta * (-entropy(batch.target_logits, rows)).exp()
+        return stands.index_copy(0, rows, p[rows] > bar).to(p.dtype)
+
+    def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        p = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
+        bar = self.options.delta * (-entropy(batch.target_logits, rows)).exp()
+        return (p > bar.clamp(max=self.options.epsilon).unsqueeze(1)).to(p.dtype)
