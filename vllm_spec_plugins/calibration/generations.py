@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm import LLM
+
 #: Prompts given to vLLM at a time: what a killed run may lose.
 _CHUNK = 64
 
@@ -138,25 +140,11 @@ def _running(
     seed: int,
 ) -> Iterator[Callable[[list[int]], list[list[int]]]]:
     """An engine; yields what completes the prompts of these numbers."""
-    for name, value in _environment(engine).items():
-        os.environ.setdefault(name, value)
-    import torch
-    from vllm import LLM, SamplingParams
-
-    from vllm_spec_plugins.engine.offline import shut_down
-
-    options = {"enforce_eager": not torch.cuda.is_available(), **(engine.options or {})}
     longest = max(map(len, prompts)) + sampling.max_tokens
-    llm = LLM(
-        str(model),
-        dtype=_dtype(model, engine.dtype),  # pyright: ignore[reportArgumentType]
-        max_model_len=longest,
-        tensor_parallel_size=engine.tensor_parallel_size,
-        seed=seed,
-        **options,
-    )
 
     def complete(numbers: list[int]) -> list[list[int]]:
+        from vllm import SamplingParams  # after the environment it reads is set
+
         outputs = llm.generate(
             [{"prompt_token_ids": prompts[number].tolist()} for number in numbers],
             SamplingParams(
@@ -168,8 +156,38 @@ def _running(
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    try:
+    with offline_engine(model, longest, engine, seed) as llm:
         yield complete
+
+
+@contextmanager
+def offline_engine(model: Path, longest: int, engine: Engine, seed: int) -> Iterator[LLM]:
+    """vLLM serving a model offline, ended on the way out.
+
+    Args:
+        model: Folder.
+        longest: Tokens of prompt and text together, at most.
+        engine: How it runs.
+        seed: Of requests that have none.
+    """
+    for name, value in _environment(engine).items():
+        os.environ.setdefault(name, value)
+    import torch
+    from vllm import LLM
+
+    from vllm_spec_plugins.engine.offline import shut_down
+
+    options = {"enforce_eager": not torch.cuda.is_available(), **(engine.options or {})}
+    llm = LLM(
+        str(model),
+        dtype=_dtype(model, engine.dtype),  # pyright: ignore[reportArgumentType]
+        max_model_len=longest,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        seed=seed,
+        **options,
+    )
+    try:
+        yield llm
     finally:
         shut_down(llm)
 

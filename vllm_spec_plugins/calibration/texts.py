@@ -211,6 +211,29 @@ class TextTokenizer:
         ids = self._slow(list(texts), add_special_tokens=special_tokens)["input_ids"]
         return [np.array(row, dtype=np.int64) for row in ids]
 
+    def encode_answer(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids of a text that follows a prompt, and where each begins and ends in it.
+
+        Returns:
+            `[T]` ids, without special tokens, and `[T, 2]` offsets in characters.
+
+        Raises:
+            SpecPluginsError: The folder has no tokenizer.json; others know no offsets.
+        """
+        if self._fast is None:
+            raise SpecPluginsError(
+                "positions in answers need a tokenizer.json: save one beside the model with "
+                "transformers' save_pretrained of its fast tokenizer"
+            )
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        return ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens, without special ones."""
+        tokenizer = self._slow if self._fast is None else self._fast
+        return tokenizer.decode([int(i) for i in token_ids], skip_special_tokens=True)
+
     def added_tokens(self) -> dict[int, str]:
         """Id and content of every token beside the learnt ones: control, chat and tool tokens."""
         if self._fast is not None:
