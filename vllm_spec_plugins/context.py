@@ -21,6 +21,8 @@ class ModelFacts:
         max_model_len: Longest sequence served, in tokens.
         num_speculative_tokens: Most tokens drafted for one request in one step.
         tensor_parallel_size: Ranks that share each layer.
+        image_token_range: `[first, last + 1)` ids that are image codes, where the model's
+            config says so (`image_token_range.py`).
     """
 
     model: str
@@ -30,6 +32,7 @@ class ModelFacts:
     max_model_len: int
     num_speculative_tokens: int
     tensor_parallel_size: int = 1
+    image_token_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

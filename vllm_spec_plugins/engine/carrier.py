@@ -18,6 +18,7 @@ from vllm.config.utils import config
 
 from vllm_spec_plugins.config import EngineVocabulary, PluginSettings
 from vllm_spec_plugins.context import ModelFacts
+from vllm_spec_plugins.image_token_range import image_token_range
 from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.proposer import Needs
 from vllm_spec_plugins.registry import Kind, Registry
@@ -59,6 +60,7 @@ def model_facts(
         max_model_len=model.max_model_len,
         num_speculative_tokens=num_speculative_tokens or 0,
         tensor_parallel_size=parallel.tensor_parallel_size,
+        image_token_range=image_token_range(model.hf_config.to_dict()),
     )
 
 

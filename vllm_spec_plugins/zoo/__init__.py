@@ -1,4 +1,5 @@
-"""Small real models, trained on this machine from its own Python's source code.
+"""Small real models, trained on this machine: text from its own Python's source code, and
+images of handwritten digits.
 
     from vllm_spec_plugins import zoo
     folder = zoo.ensure("nano")     # about two minutes the first time, then from the cache
@@ -18,13 +19,24 @@ from typing import Any
 
 from vllm_spec_plugins.errors import SpecPluginsError, did_you_mean, listed
 
-from .recipes import RECIPES, Architecture, ExpandedRecipe, TextRecipe
+from .recipes import (
+    RECIPES,
+    Architecture,
+    ExpandedRecipe,
+    Recipe,
+    SumsRecipe,
+    TextRecipe,
+    VisualRecipe,
+)
 
 __all__ = [
     "RECIPES",
     "Architecture",
     "ExpandedRecipe",
+    "Recipe",
+    "SumsRecipe",
     "TextRecipe",
+    "VisualRecipe",
     "card",
     "describe",
     "ensure",
@@ -50,7 +62,7 @@ def ensure(name: str, threads: int | None = None) -> Path:
     return build(recipe(name), threads)
 
 
-def recipe(name: str) -> TextRecipe | ExpandedRecipe:
+def recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:

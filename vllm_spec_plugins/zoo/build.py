@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import corpus
+from . import corpus, sums
 from .cache import key_of, obtain
-from .recipes import RECIPES, ExpandedRecipe, TextRecipe
+from .recipes import RECIPES, ExpandedRecipe, Recipe, SumsRecipe, TextRecipe, VisualRecipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,12 +33,14 @@ _NO_MATTER = ("summary", "minutes", "checkpoint_every")
 CARD = "card.json"
 
 
-def build(recipe: TextRecipe | ExpandedRecipe, threads: int | None) -> Path:
+def build(recipe: Recipe, threads: int | None) -> Path:
     """The folder of `recipe`, made if it is not in the cache. See `zoo.ensure`."""
 
     def make(folder: Path, unfinished: Path) -> None:
         if isinstance(recipe, TextRecipe):
             _train(recipe, folder, unfinished, threads)
+        elif isinstance(recipe, VisualRecipe):
+            _train_visual(recipe, folder, unfinished, threads)
         else:
             _expand(recipe, folder, threads)
 
@@ -48,12 +50,12 @@ def build(recipe: TextRecipe | ExpandedRecipe, threads: int | None) -> Path:
     return obtain(folder_name(recipe), make, waiting)
 
 
-def folder_name(recipe: TextRecipe | ExpandedRecipe) -> str:
+def folder_name(recipe: Recipe) -> str:
     """The recipe's name, and a hash of all that decides its weights."""
     return f"{recipe.name}-{key_of(facts_of(recipe))}"
 
 
-def facts_of(recipe: TextRecipe | ExpandedRecipe) -> Mapping[str, object]:
+def facts_of(recipe: Recipe) -> Mapping[str, object]:
     """All that decides the weights, as far as it can be known without building."""
     described = dataclasses.asdict(recipe)
     facts: dict[str, object] = {
@@ -63,11 +65,38 @@ def facts_of(recipe: TextRecipe | ExpandedRecipe) -> Mapping[str, object]:
     }
     if isinstance(recipe, ExpandedRecipe):
         return facts | {"source": folder_name(RECIPES[recipe.source])}
+    if isinstance(recipe, VisualRecipe):
+        return facts | {"images": images_folder_name(recipe), "bfloat16": has_bfloat16_units()}
     return facts | {
-        "corpus": corpus.digest(),
+        "corpus": _text_digest(recipe),
         "tokenizers": _minor_version("tokenizers"),
         "bfloat16": has_bfloat16_units(),
     }
+
+
+def images_folder_name(recipe: VisualRecipe) -> str:
+    """The folder of codebook and classifier, which models of one kind share."""
+    from . import digits
+
+    facts = {
+        "generation": _GENERATION,
+        "classifier_steps": recipe.classifier_steps,
+        "digits": digits.digest(),
+        "torch": _minor_version("torch"),
+    }
+    return f"digit-images-{key_of(facts)}"
+
+
+def build_images(recipe: VisualRecipe, threads: int | None) -> Path:
+    """The folder of codebook, classifier and statistics (`image_folder.py`), made if missing."""
+    from .image_folder import make_images
+
+    def make(folder: Path, _unfinished: Path) -> None:
+        with _torch_threads(threads):
+            card = make_images(folder, recipe.classifier_steps)
+        _write_card(folder, {**card, "versions": _versions()})
+
+    return obtain(images_folder_name(recipe), make)
 
 
 def has_bfloat16_units() -> bool:
@@ -112,7 +141,51 @@ def _train(recipe: TextRecipe, folder: Path, unfinished: Path, threads: int | No
         "resumed_at": trained.resumed_at,
         "threads": used,
         "matrix_products": str(dtype).removeprefix("torch."),
-        "corpus_sha256": corpus.digest(),
+        "corpus_sha256": _text_digest(recipe),
+        "versions": _versions(),
+    }
+    _write_card(folder, card)
+
+
+def _train_visual(
+    recipe: VisualRecipe, folder: Path, unfinished: Path, threads: int | None
+) -> None:
+    import torch
+
+    from .digits import load_digits
+    from .hugging_face import save_model
+    from .image_folder import CODEBOOK, read_images, save_image_tokenizer
+    from .image_tokens import IMAGE_TOKEN_RANGE
+    from .progress import training_progress
+    from .visual_training import cross_entropy, texts_of_step, train_visual
+
+    images_folder = build_images(recipe, threads)
+    logger.info("training %s: about %g minutes on four cores", recipe.name, recipe.minutes)
+    images = read_images(images_folder)
+    training, held_out = load_digits()
+    dtype = torch.bfloat16 if has_bfloat16_units() else torch.float32
+    with _torch_threads(threads) as used:
+        with training_progress(recipe.name, recipe.steps) as on_step:
+            trained = train_visual(
+                recipe, training, images.tokens, dtype, unfinished / "checkpoint.pt", on_step
+            )
+        texts = texts_of_step(held_out, images.tokens, 0, recipe)
+        held_out_loss = cross_entropy(trained.model, texts, torch.float32)
+    save_model(trained.model, folder, {"image_token_range": list(IMAGE_TOKEN_RANGE)})
+    save_image_tokenizer(folder, recipe.architecture.max_positions)
+    shutil.copy(images_folder / CODEBOOK, folder)
+    card = {
+        "name": recipe.name,
+        "recipe": dataclasses.asdict(recipe),
+        "parameters": recipe.architecture.num_parameters,
+        "images": images_folder.name,
+        "held_out_cross_entropy": round(held_out_loss, 4),
+        "training_loss": [round(loss, 4) for loss in trained.losses],
+        "images_seen": recipe.steps * recipe.batch_size,
+        "seconds": round(trained.seconds, 1),
+        "resumed_at": trained.resumed_at,
+        "threads": used,
+        "matrix_products": str(dtype).removeprefix("torch."),
         "versions": _versions(),
     }
     _write_card(folder, card)
@@ -159,10 +232,20 @@ def _held_out_windows(folder: Path) -> Tensor:
     return torch.from_numpy(encode_files(tokenizer, text)[: 8 * 128]).view(8, 128)
 
 
+def _text_digest(recipe: TextRecipe) -> str:
+    return sums.digest() if isinstance(recipe, SumsRecipe) else corpus.digest()
+
+
 def _prepare_text(recipe: TextRecipe, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Train the tokenizer into `folder`; return training and held-out tokens."""
     from .tokenizer import encode_files, save_tokenizer, train_tokenizer
 
+    if isinstance(recipe, SumsRecipe):
+        tokenizer = sums.train_word_tokenizer(recipe.architecture.vocabulary)
+        save_tokenizer(tokenizer, folder, recipe.architecture.max_positions)
+        tasks = (sums.sums(0, recipe.num_tasks), sums.sums(1, recipe.num_tasks // 20))
+        learnt, new = ([f"{task.prompt} {task.solution}" for task in part] for part in tasks)
+        return encode_files(tokenizer, learnt), encode_files(tokenizer, new)
     training = [file.text for file in _first_bytes(corpus.training_files(), recipe.training_bytes)]
     held_out = [file.text for file in _first_bytes(corpus.held_out_files(), recipe.training_bytes)]
     tokenizer = train_tokenizer(training, recipe.architecture.vocabulary)

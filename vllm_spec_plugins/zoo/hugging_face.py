@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from .model import Llama
@@ -10,11 +11,12 @@ from .recipes import Architecture
 from .tokenizer import BEGIN_ID, END_ID, PADDING_ID
 
 
-def save_model(model: Llama, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`, float32."""
+def save_model(model: Llama, folder: Path, also: Mapping[str, object] | None = None) -> None:
+    """Write `config.json` and `model.safetensors`, float32. `also`: more keys of the config."""
     from safetensors.torch import save_file
 
-    (folder / "config.json").write_text(json.dumps(llama_config(model.shape), indent=2) + "\n")
+    config = {**llama_config(model.shape), **(also or {})}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(model.export(), folder / "model.safetensors", metadata={"format": "pt"})
 
 

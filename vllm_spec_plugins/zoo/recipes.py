@@ -70,6 +70,17 @@ class TextRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class SumsRecipe(TextRecipe):
+    """A model that learns the task of `sums.py` instead of the corpus.
+
+    Attributes:
+        num_tasks: Tasks to learn from.
+    """
+
+    num_tasks: int = 20_000
+
+
+@dataclass(frozen=True, slots=True)
 class ExpandedRecipe:
     """A trained model made to cost more and compute the same: a cost device (`expansion.py`).
 
@@ -89,6 +100,42 @@ class ExpandedRecipe:
     minutes: float
     seed: int = 0
 
+
+@dataclass(frozen=True, slots=True)
+class VisualRecipe:
+    """A model of image tokens, conditioned on a digit (`image_tokens.py`).
+
+    Attributes:
+        name: What `ensure` is asked for.
+        summary: One sentence for people.
+        architecture: The model.
+        steps: Updates.
+        batch_size: Images per step.
+        lr: Peak of AdamW's learning rate, for embedding, head and norms.
+        matrix_lr: Peak of Muon's, for the matrices inside the layers.
+        minutes: Expected time to build on four cores, nothing else running.
+        classifier_steps: Updates of the classifier that judges the images.
+        weight_decay: Of Muon.
+        checkpoint_every: Steps between checkpoints.
+        seed: Of weights and order of images.
+    """
+
+    name: str
+    summary: str
+    architecture: Architecture
+    steps: int
+    batch_size: int
+    lr: float
+    matrix_lr: float
+    minutes: float
+    classifier_steps: int = 600
+    weight_decay: float = 0.1
+    checkpoint_every: int = 25
+    seed: int = 0
+
+
+#: Of any model of the zoo.
+Recipe = TextRecipe | ExpandedRecipe | VisualRecipe
 
 _NANO = Architecture(
     vocabulary=8192,
@@ -118,7 +165,49 @@ _TINY = Architecture(
     head_dim=32,
 )
 
-RECIPES: dict[str, TextRecipe | ExpandedRecipe] = {
+_SUMS = Architecture(
+    vocabulary=64,
+    hidden_size=96,
+    intermediate_size=288,
+    num_layers=2,
+    num_heads=3,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_positions=256,
+)
+_SUMS_DRAFT = Architecture(
+    vocabulary=64,
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=1,
+    num_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_positions=256,
+)
+
+_DIGITS = Architecture(
+    vocabulary=528,
+    hidden_size=192,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=3,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_positions=128,
+)
+_DIGITS_DRAFT = Architecture(
+    vocabulary=528,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=1,
+    num_heads=2,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_positions=128,
+)
+
+RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         TextRecipe(
@@ -159,6 +248,71 @@ RECIPES: dict[str, TextRecipe | ExpandedRecipe] = {
             matrix_lr=0.01,
             minutes=12,
             checkpoint_every=25,
+        ),
+        VisualRecipe(
+            name="digits",
+            summary="images: handwritten digits as 64 codes, for relaxed verification",
+            architecture=_DIGITS,
+            steps=500,
+            batch_size=64,
+            lr=2e-3,
+            matrix_lr=0.02,
+            minutes=5,
+        ),
+        VisualRecipe(
+            name="digits-draft",
+            summary="the draft model of `digits`",
+            architecture=_DIGITS_DRAFT,
+            steps=300,
+            batch_size=64,
+            lr=2e-3,
+            matrix_lr=0.02,
+            minutes=0.7,
+        ),
+        VisualRecipe(
+            name="digits-tiny",
+            summary="for tests of the image models: seconds to train, no use as a model",
+            architecture=Architecture(
+                vocabulary=528,
+                hidden_size=64,
+                intermediate_size=128,
+                num_layers=1,
+                num_heads=2,
+                num_key_value_heads=1,
+                head_dim=32,
+                max_positions=128,
+            ),
+            steps=10,
+            batch_size=8,
+            lr=2e-3,
+            matrix_lr=0.02,
+            minutes=0.2,
+            classifier_steps=20,
+            checkpoint_every=5,
+        ),
+        SumsRecipe(
+            name="sums",
+            summary="sums worked out in words, whose answers can be checked: for the judge",
+            architecture=_SUMS,
+            exits=(1,),
+            steps=500,
+            batch_size=8,
+            sequence_length=128,
+            lr=3e-3,
+            matrix_lr=0.02,
+            minutes=1,
+        ),
+        SumsRecipe(
+            name="sums-draft",
+            summary="the draft model of `sums`: it writes well and adds badly",
+            architecture=_SUMS_DRAFT,
+            exits=(1,),
+            steps=220,
+            batch_size=8,
+            sequence_length=128,
+            lr=3e-3,
+            matrix_lr=0.02,
+            minutes=0.2,
         ),
         ExpandedRecipe(
             name="expanded",

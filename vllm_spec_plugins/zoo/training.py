@@ -23,7 +23,7 @@ from .cache import write_atomically
 from .loss import head_cross_entropy
 from .model import Llama, hidden_matrices
 from .muon import Muon
-from .recipes import TextRecipe
+from .recipes import TextRecipe, VisualRecipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +69,7 @@ def train(
         on_step: Told after each step, before its checkpoint.
     """
     model = Llama(recipe.architecture)
-    optimizers = _optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe)
     losses: list[float] = []
     seconds, done = 0.0, 0
     if checkpoint.exists():
@@ -82,7 +82,8 @@ def train(
     else:
         generator = torch.Generator().manual_seed(recipe.seed)
         model.initialise(generator)
-        start_from_bigrams(model, tokens, generator)
+        if recipe.architecture.vocabulary > recipe.architecture.hidden_size:
+            start_from_bigrams(model, tokens, generator)  # else there is nothing to factorise
     start = time.perf_counter() - seconds
     for step in range(done, recipe.steps):
         for optimizer in optimizers:
@@ -165,7 +166,7 @@ def _step(
     return losses[:count].mean().item()
 
 
-def _optimizers(model: Llama, recipe: TextRecipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Llama, recipe: TextRecipe | VisualRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embedding, head and norms."""
     matrices = hidden_matrices(model)
     inside = {id(parameter) for parameter, _ in matrices}

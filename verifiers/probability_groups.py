@@ -1,0 +1,75 @@
+"""GSD's idea: tokens the target finds about equally likely are verified as one.
+
+The group C(x) of a draft token holds the tokens ranked next to it by the target's probability
+(grouped speculative decoding, So et al. 2508.07747). It is accepted with
+min(1, sum of p over C / sum of q over C). Groups of different tokens overlap, so this can
+also be *less* than min(1, p/q), which costs acceptance and buys nothing: callers take the larger.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.verifier import VerifyInput
+
+
+def group_of(
+    batch: VerifyInput,
+    rows: Tensor,
+    image_tokens: tuple[int, int],
+    size: int,
+    max_difference: float,
+) -> Tensor:
+    """`[M, G]` int64 ids of the groups of some rows' draft tokens; -1: none.
+
+    Half of a group are the tokens just above x in probability and half, x among them, those
+    from x down; only ids in the image range, and only such with |p(y) - p(x)| below
+    `max_difference`. No other part of the vocabulary is sorted.
+
+    Args:
+        batch: The step.
+        rows: `[M]` int64, some of the N rows, of draft tokens in the image range.
+        image_tokens: `[first, last + 1)`.
+        size: G, at least 2.
+        max_difference: Of probabilities.
+    """
+    first, end = image_tokens
+    logits = batch.target_logits[rows, first:end]  # [M, C]
+    own = (batch.draft_token_ids[rows] - first).unsqueeze(1)
+    here = logits.gather(1, own)
+    above_count = min(size // 2, logits.shape[1])
+    below_count = min(size - size // 2 - 1, logits.shape[1])
+    above = logits.masked_fill(logits <= here, torch.inf).topk(above_count, dim=1, largest=False)
+    # Equals of x rank below it.
+    below = logits.masked_fill(logits > here, -torch.inf).scatter_(1, own, -torch.inf)
+    below = below.topk(below_count, dim=1)
+    ids = torch.cat([above.indices, own, below.indices], dim=1)
+    found = torch.cat([above.values, here, below.values], dim=1)
+    normaliser = batch.target_log_normaliser[rows].unsqueeze(1)
+    near = (torch.exp(found - normaliser) - torch.exp(here - normaliser)).abs() < max_difference
+    near &= found.isfinite()
+    near[:, above_count] = True  # x itself
+    return torch.where(near, ids + first, ids.new_full((), -1))
+
+
+def group_acceptance(batch: VerifyInput, rows: Tensor, groups: Tensor) -> Tensor:
+    """`[M]` min(1, sum of p over the group / sum of q over the group).
+
+    Args:
+        batch: The step.
+        rows: `[M]` int64, some of the N rows.
+        groups: `[M, G]` int64 ids, the draft token among them; -1: none.
+    """
+    columns, used = groups.clamp(min=0), groups >= 0
+    logits = batch.target_logits[rows.unsqueeze(1), columns]
+    p = torch.exp(logits - batch.target_log_normaliser[rows].unsqueeze(1))
+    ids = batch.draft_token_ids[rows]
+    if batch.draft_probabilities is None:
+        q = (columns == ids.unsqueeze(1)).to(p.dtype)
+    else:
+        q = batch.draft_probabilities.dense(rows, ids, batch.target_logits.shape[1])
+        q = q.gather(1, columns).to(p.dtype)
+    p_sum = torch.where(used, p, 0).sum(dim=1)
+    q_sum = torch.where(used, q, 0).sum(dim=1)
+    return torch.where(p_sum < q_sum, p_sum / q_sum, torch.ones_like(p_sum))

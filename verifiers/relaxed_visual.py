@@ -1,0 +1,270 @@
+"""`relaxed_visual`: accept image tokens that look like, or are as likely as, what the target wants.
+
+The law of an image token is flat: many codes would do, and exact verification rejects most
+drafts over differences nobody sees. Four published rules let more of them stand, only for ids
+inside `image_token_range`; every other id is verified exactly:
+
+    lantern    LANTERN, Jang et al. 2410.03355: a code borrows the probability of its nearest
+               codes, up to `budget` (`neighbour_mass`)
+    lantern++  2502.06352: up to (`factor` - 1) times its own probability
+    gsd        grouped speculative decoding, So et al. 2508.07747: tokens about equally likely
+               are verified as a group (`probability_groups`)
+    annealed   Cool-SD: accept with w p/q, w = `factor` exp(-`decay` i) at draft position i,
+               never below 1
+
+All four accept at least min(1, p/q), so the residual norm([p - q]+) is the best there is, and
+the extra acceptance this verifier counts is the distance to the target's law at that position.
+None of them bounds it: `budget` limits what one draft token borrows, and the output's law moves
+by the sum over the tokens that could have been drafted.
+
+`residual: published` draws what the authors' code draws, for comparison: it is further from
+the target at the same acceptance, and the price counted is then a lower limit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_spec_plugins.codebook_neighbours import NeighbourCard, read_neighbours
+from vllm_spec_plugins.errors import ConfigError, listed
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.verifier import (
+    VerifierOptions,
+    VerifyInput,
+    residual_weights,
+    token_acceptance,
+)
+
+from .neighbour_mass import borrowed_mass, published_residual
+from .probability_groups import group_acceptance, group_of
+
+if TYPE_CHECKING:
+    from vllm_spec_plugins.context import EngineContext, ModelFacts
+
+
+class RelaxedVisualOptions(RelaxedOptions):
+    rule: Literal["lantern", "lantern++", "gsd", "annealed"] = Field(
+        description="Which tokens stand beyond the exact ones."
+    )
+    image_token_range: tuple[int, int] | None = Field(
+        None,
+        description="[first, last + 1] ids that are image codes, id first + c being code c. "
+        "Absent: what the model's config.json says.",
+    )
+    residual: Literal["ours", "published"] = Field(
+        "ours",
+        description="Law of the token after a rejection. ours: the nearest to the target that the "
+        "acceptance allows. published: as the authors' code has it (lantern, lantern++: the "
+        "draft's neighbours left out; gsd: without ever falling back on the exact rule).",
+    )
+    neighbours: str | None = Field(
+        None,
+        description="lantern, lantern++: table of `vllm-spec calibrate codebook`.",
+    )
+    num_neighbours: int | None = Field(
+        None,
+        ge=0,
+        description="lantern, lantern++: how many of the table's neighbours a token may borrow "
+        "from. Absent: all.",
+    )
+    budget: float | None = Field(
+        None, ge=0, le=1, description="lantern: most probability a token borrows. Absent: 0.1."
+    )
+    factor: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="lantern++: a token may rise to so many times its probability; absent: 5. "
+        "annealed: how many times p/q the first draft token is accepted with; absent: 1.5.",
+    )
+    decay: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="annealed: how fast later draft tokens are verified more strictly. "
+        "Absent: 0.7.",
+    )
+    group_size: int | None = Field(
+        None, ge=2, description="gsd: most tokens verified as one. Absent: 14."
+    )
+    max_probability_difference: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="gsd: largest difference in the target's probability to the draft token "
+        "within its group. Absent: 0.15.",
+    )
+
+
+#: Options of each rule, with their defaults from the papers.
+_OF_RULE: dict[str, dict[str, float | None]] = {
+    "lantern": {"neighbours": None, "num_neighbours": None, "budget": 0.1},
+    "lantern++": {"neighbours": None, "num_neighbours": None, "factor": 5.0},
+    "gsd": {"group_size": 14, "max_probability_difference": 0.15},
+    "annealed": {"factor": 1.5, "decay": 0.7},
+}
+
+
+class RelaxedVisual(RelaxedRule):
+    """Relaxed verification of image tokens; text is exact."""
+
+    Options = RelaxedVisualOptions
+    options: RelaxedVisualOptions
+
+    def __init__(self, options: RelaxedVisualOptions, context: EngineContext) -> None:
+        super().__init__(options, context)
+        self._first, self._end = _image_tokens(options, context.facts)
+        self._neighbours: Tensor | None = None
+        if options.neighbours is not None:
+            _, table = read_neighbours(options.neighbours)
+            table = table[:, : options.num_neighbours]
+            #: `[C, k]` int32 token ids, -1: none.
+            self._neighbours = torch.where(
+                table < len(table), table + self._first, table.new_full((), -1)
+            ).to(context.device)
+
+    @classmethod
+    def check(cls, options: VerifierOptions, facts: ModelFacts) -> None:
+        assert isinstance(options, RelaxedVisualOptions)
+        _refuse_options_of_others(options)
+        image_tokens = _image_tokens(options, facts)
+        if "neighbours" not in _OF_RULE[options.rule]:
+            return
+        if options.neighbours is None:
+            raise ConfigError(
+                f'relaxed_visual: the rule "{options.rule}" needs "neighbours", a file that '
+                "`vllm-spec calibrate codebook` makes from the model's VQ codebook."
+            )
+        NeighbourCard.read(options.neighbours).check(options.neighbours, facts, image_tokens)
+        card, _ = read_neighbours(options.neighbours)
+        if options.num_neighbours is not None and options.num_neighbours > card.num_neighbours:
+            raise ConfigError(
+                f'relaxed_visual: "num_neighbours" is {options.num_neighbours}, but '
+                f"{options.neighbours} has {card.num_neighbours} of each code. Ask for at most "
+                "that, or make a wider table."
+            )
+
+    def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
+        accept = token_acceptance(batch)
+        # What is certain to stand needs no relaxing.
+        rows = (self._is_image(batch.draft_token_ids) & (accept < 1)).nonzero().squeeze(1)
+        if not len(rows):
+            return accept
+        return accept.index_copy(0, rows, self._of_image_rows(batch, rows, accept[rows]))
+
+    def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """Under lantern and lantern++: accepted if what it and its neighbours have is the most.
+
+        The other rules are defined for sampling alone: greedy requests match exactly.
+        """
+        stands = torch.zeros_like(rows, dtype=torch.bool)
+        if self._neighbours is None:
+            return stands
+        inside = self._is_image(batch.draft_token_ids[rows]).nonzero().squeeze(1)
+        image_rows = rows[inside]
+        own = batch.draft_token_probability[image_rows]
+        best = batch.target_logits[image_rows].amax(dim=1)
+        best = torch.exp(best - batch.target_log_normaliser[image_rows])
+        return stands.index_copy(0, inside, own + self._borrowed(batch, image_rows) >= best)
+
+    def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        if self._neighbours is None or self.options.residual == "ours":
+            return super().residual(batch, rows)
+        weights = residual_weights(batch, rows)
+        relaxed = self._is_image(batch.draft_token_ids[rows])
+        exact = self.exact_requests(batch)
+        if exact is not None:
+            relaxed &= ~exact[batch.request_of[rows]]
+        which = relaxed.nonzero().squeeze(1)
+        chosen = rows[which]
+        published = published_residual(
+            batch, chosen, self._neighbours_of(batch, chosen), self._borrowed(batch, chosen)
+        )
+        return weights.index_copy(0, which, published)
+
+    def _of_image_rows(self, batch: VerifyInput, rows: Tensor, exact: Tensor) -> Tensor:
+        """`[M]` acceptance of draft tokens in the image range. `exact`: min(1, p/q) of them."""
+        rule = self.options.rule
+        if rule == "gsd":
+            groups = group_of(
+                batch,
+                rows,
+                (self._first, self._end),
+                int(self._setting("group_size")),
+                self._setting("max_probability_difference"),
+            )
+            accept = group_acceptance(batch, rows, groups)
+            return accept if self.options.residual == "published" else torch.maximum(accept, exact)
+        q = batch.draft_law_of_token[rows].to(exact.dtype)
+        if rule == "annealed":
+            place = batch.index_in_draft[rows].to(exact.dtype)
+            lift = self._setting("factor") * torch.exp(-self._setting("decay") * place)
+            raised = batch.draft_token_probability[rows] * lift.clamp(min=1)
+        else:
+            raised = batch.draft_token_probability[rows] + self._borrowed(batch, rows)
+        return torch.where(raised < q, raised / q, torch.ones_like(raised))
+
+    def _borrowed(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` what draft tokens in the image range borrow from their neighbours."""
+        own = batch.draft_token_probability[rows]
+        if self.options.rule == "lantern":
+            budget = torch.full_like(own, self._setting("budget"))
+        else:
+            budget = (self._setting("factor") - 1) * own
+        return borrowed_mass(batch, rows, self._neighbours_of(batch, rows), budget)
+
+    def _neighbours_of(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M, k]` int64 token ids."""
+        assert self._neighbours is not None
+        return self._neighbours[batch.draft_token_ids[rows] - self._first].long()
+
+    def _is_image(self, token_ids: Tensor) -> Tensor:
+        return (token_ids >= self._first) & (token_ids < self._end)
+
+    def _setting(self, name: str) -> float:
+        """An option of the rule, or its default."""
+        given = getattr(self.options, name)
+        value = _OF_RULE[self.options.rule][name] if given is None else given
+        assert value is not None
+        return value
+
+
+def _image_tokens(options: RelaxedVisualOptions, facts: ModelFacts) -> tuple[int, int]:
+    """`[first, last + 1)`, as the user or the model's config says."""
+    chosen = options.image_token_range
+    said_by = '"image_token_range"'
+    if chosen is None:
+        chosen, said_by = facts.image_token_range, "image_token_range in its config.json"
+    if chosen is None:
+        raise ConfigError(
+            f"relaxed_visual: the config of {facts.model} does not say which of its token ids are "
+            'image codes. Give "image_token_range": [first, last + 1].'
+        )
+    first, end = chosen
+    if not 0 <= first < end <= facts.vocab_size:
+        raise ConfigError(
+            f"relaxed_visual: {said_by} is [{first}, {end}], and {facts.model} has token ids from "
+            f"0 to {facts.vocab_size - 1}: it must be [first, last + 1] within them."
+        )
+    return first, end
+
+
+def _refuse_options_of_others(options: RelaxedVisualOptions) -> None:
+    """An option the rule would ignore is an error."""
+    own = _OF_RULE[options.rule].keys()
+    others = {name for names in _OF_RULE.values() for name in names} - own
+    given = sorted(name for name in others if getattr(options, name) is not None)
+    if given:
+        raise ConfigError(
+            f'relaxed_visual: "{given[0]}" is no option of the rule "{options.rule}". '
+            f"It takes {listed(own)}."
+        )
+    if options.rule == "annealed" and options.residual == "published":
+        raise ConfigError(
+            'relaxed_visual: "annealed" is published with the residual that is "ours" here. '
+            'Remove "residual".'
+        )

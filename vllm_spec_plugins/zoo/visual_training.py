@@ -1,0 +1,102 @@
+"""Train a Llama on image tokens: fresh augmentations at every step, checkpoints that resume."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cache import write_atomically
+from .digits import Digits
+from .image_tokens import BEGIN_ID, ImageTokens
+from .loss import head_cross_entropy
+from .model import Llama
+from .recipes import VisualRecipe
+from .training import OnStep, Trained, make_optimizers, schedule
+
+
+def train_visual(
+    recipe: VisualRecipe,
+    digits: Digits,
+    tokens: ImageTokens,
+    dtype: torch.dtype,
+    checkpoint: Path,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Train `recipe`, continuing from `checkpoint` where one is left.
+
+    The same recipe, dtype, machine and thread count give the same weights, bit for bit,
+    whether or not training was interrupted.
+
+    Args:
+        recipe: What to train.
+        digits: To learn from.
+        tokens: How images become token ids.
+        dtype: What matrix products are done in; weights and sums stay float32.
+        checkpoint: File rewritten every `recipe.checkpoint_every` steps.
+        on_step: Told after each step, before its checkpoint.
+    """
+    model = Llama(recipe.architecture)
+    optimizers = make_optimizers(model, recipe)
+    losses: list[float] = []
+    seconds = 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        losses, seconds = state["losses"], state["seconds"]
+    else:
+        model.initialise(torch.Generator().manual_seed(recipe.seed))
+    resumed_at = len(losses)
+    start = time.perf_counter() - seconds
+    for step in range(resumed_at, recipe.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, recipe.steps)
+        texts = texts_of_step(digits, tokens, step, recipe)
+        losses.append(cross_entropy(model, texts, dtype, learn=True))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if on_step is not None:
+            on_step(step + 1, losses[-1])
+        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "losses": losses,
+                "seconds": time.perf_counter() - start,
+            }
+            write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
+    return Trained(model, losses, time.perf_counter() - start, resumed_at)
+
+
+def texts_of_step(digits: Digits, tokens: ImageTokens, step: int, recipe: VisualRecipe) -> Tensor:
+    """`[B, 67]` token ids of one step: a function of the step, so nothing to checkpoint."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    chosen = torch.randint(len(digits.images), (recipe.batch_size,), generator=generator)
+    return tokens.texts(digits.augmented(chosen, generator), digits.labels[chosen])
+
+
+def cross_entropy(model: Llama, texts: Tensor, dtype: torch.dtype, *, learn: bool = False) -> float:
+    """Mean cross entropy of codes and end, nats per token; `learn`: leave its gradient behind.
+
+    Which digit follows `begin` is the user's choice, not learned.
+    """
+    assert int(texts[0, 0]) == BEGIN_ID
+    with (
+        torch.set_grad_enabled(learn),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        hidden = model(texts[:, :-1])[-1][:, 1:]
+    labels = texts[:, 2:].reshape(-1)
+    weights = torch.full((len(labels),), 1 / len(labels))
+    with torch.set_grad_enabled(learn):
+        loss, losses = head_cross_entropy(hidden.flatten(0, 1), model.head, labels, weights, dtype)
+    if learn:
+        loss.backward()
+    return losses.mean().item()
