@@ -193,6 +193,65 @@ def vocab(
         )
 
 
+@app.command()
+def judge(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option(help="Head to write; report, curve and kept work are put beside it.")
+    ] = Path("judge.safetensors"),
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Marked answers: a .jsonl of prompt, answer, correct, error_position.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            help="Find labels by what becomes of the model's answers to these prompts: a .jsonl "
+            "of prompts, or see --texts elsewhere. May be given several times."
+        ),
+    ] = [],  # noqa: B006  # typer copies it
+    draft: Annotated[
+        str | None, typer.Option(help="Draft model whose tokens are tried; with --prompts.")
+    ] = None,
+    checker: Annotated[
+        str | None,
+        typer.Option(
+            help="What an answer comes to: a Python module:function of prompt and completion, or a "
+            "command that reads both as JSON and prints the outcome; with --prompts.",
+        ),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=10, help="Prompts to take, at most.")] = 500,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    recall: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Share of errors the threshold shall catch."),
+    ] = 0.9,
+    dtype: Annotated[
+        str, typer.Option(help="Of the model: auto (as saved), float32 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where hidden states are computed.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's own choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of held-out prompts.")] = 0,
+) -> None:
+    """Train a head for the verifier judge, and say whether it is worth its keep."""
+    from . import calibrate_judge
+
+    with errors_in_words():
+        calibrate_judge.run(
+            model,
+            output,
+            labels=labels,
+            mining=calibrate_judge.mining_of(draft, prompts, checker, num_prompts, max_tokens),
+            recall=recall,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            seed=seed,
+        )
+
+
 @app.command(name="exit")
 def exit_layer(
     model: Model,
@@ -274,4 +333,39 @@ def exit_layer(
             eager=eager,
             costs=costs,
             seed=seed,
+        )
+
+
+@app.command()
+def codebook(
+    codebook: Annotated[
+        Path, typer.Argument(help="safetensors file with the embeddings of the image codes.")
+    ],
+    tensor: Annotated[
+        str | None, typer.Option(help="Their name in the file; by default its only matrix.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("neighbours.safetensors"),
+    neighbours: Annotated[
+        int, typer.Option(min=1, help="Nearest codes kept of each code; itself is left out.")
+    ] = 100,
+    max_distance: Annotated[
+        float | None, typer.Option(min=0, help="Codes further away are no neighbours.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Check against this model's config: a folder, or of the zoo (digits)."),
+    ] = None,
+    first_token_id: Annotated[
+        int | None,
+        typer.Option(min=0, help="Token id of code 0; by default what the model's config says."),
+    ] = None,
+) -> None:
+    """Which image codes look alike: a table for the verifier relaxed_visual."""
+    from . import calibrate_codebook
+
+    with errors_in_words():
+        calibrate_codebook.run(
+            calibrate_codebook.Job(
+                codebook, tensor, output, neighbours, max_distance, model, first_token_id
+            )
         )
