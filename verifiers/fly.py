@@ -135,8 +135,8 @@ class Fly(RelaxedRule):
         return among.index_copy(0, rows, undecided)
 
     def _windows(self, batch: VerifyInput, values: Tensor) -> Tensor:
-        """`[R, K, 1 + window]` each token's value and those after it, 0 past the draft's end."""
-        width = batch.max_num_draft + self.options.window_size
+        """`[R, K+1, 1 + window]` each token's value and those after it, 0 past the draft's end."""
+        width = batch.max_num_draft + 1 + self.options.window_size
         table = values.new_zeros(len(batch.num_draft), width)
         table[batch.request_of, batch.index_in_draft] = values
         return table.unfold(1, self.options.window_size + 1, 1)
@@ -149,5 +149,5 @@ class Fly(RelaxedRule):
 
 
 def _of_tokens(batch: VerifyInput, table: Tensor) -> Tensor:
-    """`[N]` entries of a `[R, K or more]` table."""
+    """`[N]` entries of a `[R, K or wider]` table."""
     return table[batch.request_of, batch.index_in_draft]

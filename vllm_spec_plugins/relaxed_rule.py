@@ -91,8 +91,8 @@ class RelaxedRule(AcceptanceRule):
         limit = self._max_total_variation
         if limit is None:
             return None
-        # Requests not seen before have paid nothing.
-        price, looked_at = self._spent.values[self._spent.rows(batch.request_ids)].T
+        rows = self._spent.rows(batch.request_ids)  # new requests have paid nothing
+        price, looked_at = self._spent.values[rows].T
         exact = price >= limit * looked_at
         if limit > 0:
             exact &= looked_at > 0

@@ -14,6 +14,7 @@ from .guarantees import (
     TOLERANCE,
     Case,
     assert_price_is_measured,
+    assert_relaxes,
     check_texts,
     enumeration_cases,
     simulation_cases,
@@ -44,3 +45,9 @@ def test_price_is_measured(verifier_under_test: Verifier) -> None:
     if verifier_under_test.guarantee is Guarantee.LOSSLESS:
         pytest.skip("a lossless verifier has no price")
     assert_price_is_measured(verifier_under_test)
+
+
+def test_a_relaxed_verifier_is_not_lossless(verifier_under_test: Verifier) -> None:
+    if verifier_under_test.guarantee is Guarantee.LOSSLESS:
+        pytest.skip("the verifier promises the target's law")
+    assert_relaxes(verifier_under_test)

@@ -126,17 +126,35 @@ def total_variation(
     return float((law - problem.laws_of_text(problem.num_draft + 1)).abs().sum() / 2)
 
 
-def expected_extra_acceptance(verifier: AcceptanceRule, problem: ToyProblem) -> float:
-    """Mean of the price that `verify` itself reports, for one draft token that is drawn.
+def first_token_prices(
+    verifier: AcceptanceRule, problem: ToyProblem, vocabulary: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """How far the law of a text's first token is from the target's, and what `verify` reports.
 
-    Equals `total_variation` for every rule with the best residual: the extra acceptance is
-    the distance.
+    The two are equal for every rule with the best residual: the extra acceptance at a draft's
+    first token, averaged over drafts, is the distance. Later tokens are only looked at by
+    chance; of those, given what came before them, the same holds.
+
+    Args:
+        verifier: Says what it draws from.
+        problem: Drafts at least one token.
+        vocabulary: See `verify_input`.
+
+    Returns:
+        Distance and reported price: `[1]` each for a proposer that draws; `[V^K]`, one per
+        draft, for one that chooses.
     """
-    assert problem.num_draft == 1, "further tokens are only looked at by chance"
-    batch, _, (weights,) = enumerated_input([problem])
+    batch, _, (weights,) = enumerated_input([problem], vocabulary)
     extra = verifier.verify(batch).extra_acceptance
-    assert extra is not None, "the verifier reports no price"
-    return float((weights * extra).sum())
+    if extra is None:  # nothing could be relaxed
+        extra = torch.zeros_like(batch.target_log_normaliser)
+    price = extra[batch.first]
+    (law,) = output_laws(verifier, [problem], vocabulary)
+    law = law.view(-1, problem.vocab_size, problem.vocab_size**problem.num_draft).sum(dim=2)
+    distance = (law - problem.laws_of_text(1)).abs().sum(dim=1) / 2
+    if problem.draft_probabilities is not None:
+        price = (weights * price).sum(dim=0, keepdim=True)
+    return distance, price
 
 
 def has_exact_law(verifier: Verifier) -> TypeGuard[AcceptanceRule]:

@@ -17,9 +17,8 @@ from vllm_spec_plugins.verifier import Guarantee, Verifier
 from .chi_square import failures, goodness_of_fit
 from .enumeration import (
     enumeration_error,
-    expected_extra_acceptance,
+    first_token_prices,
     has_exact_law,
-    total_variation,
 )
 from .simulation import generate
 from .toy_problems import (
@@ -191,22 +190,67 @@ def assert_lossless(
     )
 
 
+def price_cases() -> list[Case]:
+    """One problem each: all kinds of draft, of one token and of several."""
+    vocabulary = torch.tensor([0, 2, 3])
+    cases = []
+    for num_draft, seeds in ((1, range(12)), (2, range(12, 16)), (3, range(16, 17))):
+        for seed in seeds:
+            plain = random_problem(seed, num_draft=num_draft, order=num_draft)
+            problems = {
+                "plain": plain,
+                "adversarial": adversarial(plain),
+                "near equal": near_equal(plain, 0.5),
+                "top-p draft": truncated_draft(plain, 0.7),
+                "top-k target": truncated_target(plain, 2),
+                "one-hot draft": one_hot(plain),
+                "one-hot draft, top-k target": one_hot(truncated_target(plain, 2)),
+                "greedy": one_hot(plain).with_temperature(0),
+                "placeholder": replace(plain, num_placeholders=1),
+            }
+            cases += [
+                Case(f"seed {seed}, K = {num_draft}, {name}", (problem,))
+                for name, problem in problems.items()
+            ]
+            compact = within_vocabulary(plain, vocabulary)
+            name = f"seed {seed}, K = {num_draft}, compact draft"
+            cases.append(Case(name, (compact,), vocabulary=vocabulary))
+    return cases
+
+
 def assert_price_is_measured(verifier: Verifier) -> None:
     """The `extra_acceptance` a verifier reports is its distance to the target's law, exactly.
+
+    Examined at the first token of a draft, which is always looked at.
 
     Raises:
         AssertionError: It reports more or less, or cannot be enumerated.
     """
     assert has_exact_law(verifier), "override accepted_law and residual together with verify"
-    for seed in range(20):
-        plain = random_problem(seed, num_draft=1, order=1)
-        for problem in (plain, adversarial(plain), truncated_draft(plain, 0.7)):
-            distance = total_variation(verifier, problem)
-            price = expected_extra_acceptance(verifier, problem)
-            assert abs(distance - price) <= TOLERANCE, (
-                f"seed {seed}: reports an extra acceptance of {price:.6f}, "
-                f"but its total variation is {distance:.6f}"
-            )
+    for case in price_cases():
+        (problem,) = case.problems
+        distances, prices = first_token_prices(verifier, problem, case.vocabulary)
+        worst = int((distances - prices).abs().argmax())
+        distance, price = float(distances[worst]), float(prices[worst])
+        assert abs(distance - price) <= TOLERANCE, (
+            f"{case.name}: reports an extra acceptance of {price:.6f}, "
+            f"but its total variation is {distance:.6f}"
+        )
+
+
+def assert_relaxes(verifier: Verifier) -> None:
+    """A verifier that calls itself relaxed is not lossless: the label says something.
+
+    Raises:
+        AssertionError: The law of its output is the target's in every enumerated case.
+    """
+    assert has_exact_law(verifier), "override accepted_law and residual together with verify"
+    error = max(enumeration_error(verifier, c.problems, c.vocabulary) for c in enumeration_cases())
+    assert error > TOLERANCE, (
+        f"{type(verifier).__name__} says that it {verifier.guarantee.meaning}, but reproduces the "
+        "target's law in every case of the kit: label it LOSSLESS, or test it with options that "
+        "relax something over 4 tokens."
+    )
 
 
 def assert_keeps_its_guarantee(verifier: Verifier, *, samples: int = 200_000) -> None:
@@ -214,6 +258,7 @@ def assert_keeps_its_guarantee(verifier: Verifier, *, samples: int = 200_000) ->
     if verifier.guarantee is Guarantee.LOSSLESS:
         assert_lossless(verifier, samples=samples)
     else:
+        assert_relaxes(verifier)
         assert_price_is_measured(verifier)
 
 
