@@ -47,7 +47,7 @@ class JudgeCard:
         norm_state: `NORM_STATE`.
         dtype: In which the target computed the states the head learnt from.
         threshold: Recommended one, in [0, 1].
-        tool_calls: Pairs of token ids that open and close a tool call.
+        tool_calls: Token ids that open a tool call, each with the one that closes it, if any.
         data_sha256: Of the labelled tokens.
         training: How it was trained and how good it is on held-out prompts, for people.
     """

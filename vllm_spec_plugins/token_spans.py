@@ -22,12 +22,13 @@ class TokenSpans:
 
     Args:
         vocab_size: V.
-        pairs: Token ids that open and close a span. Spans do not nest: any closing token closes.
+        marks: For each kind of span the token id that opens it, then any that close it; where
+            none does, it lasts to the end. Spans do not nest: any closing token closes.
     """
 
-    def __init__(self, vocab_size: int, pairs: Iterable[Sequence[int]]) -> None:
+    def __init__(self, vocab_size: int, marks: Iterable[Sequence[int]]) -> None:
         self._kind = torch.zeros(vocab_size, dtype=torch.int8)
-        for opening, closing in pairs:
+        for opening, *closing in marks:
             self._kind[opening], self._kind[closing] = _OPENS, _CLOSES
         #: Of each request: tokens read, whether a span is open after them.
         self._read = RequestTable((0.0, 0.0), capacity=16)
