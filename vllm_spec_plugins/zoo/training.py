@@ -143,7 +143,7 @@ def _step(
 ) -> float:
     """One update. Returns the last layer's mean cross entropy before it."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    exits = recipe.exits[step % len(recipe.exits) :][:1]
+    exits = recipe.exits[step % max(1, len(recipe.exits)) :][:1]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         *early, last = model(inputs, exits)
     count = targets.numel()
