@@ -169,14 +169,14 @@ class Miner:
             prompts: Texts.
             on_progress: Told how many prompts are done, and how many mismatches were found.
         """
-        walks = self._begin(prompts)
-        active, found = walks, 0
-        while active:
-            tried = [(walk, token) for walk, token in self._next_mismatches(active)]
-            self._try(tried)
-            found += len(tried)
+        walks = active = self._begin(prompts)
+        found = 0
+        while tried := self._next_mismatches(active):
             active = [walk for walk, _ in tried]
+            found += len(tried)
             on_progress(len(prompts) - len(active), found)
+            self._try(tried)
+        on_progress(len(prompts), found)
         texts = [text for walk in walks for text in walk.labelled]
         return Mined(texts, len(walks), len(prompts) - len(walks))
 
@@ -219,7 +219,7 @@ class Miner:
             for walk, choices in zip(batch, self._choices(batch), strict=True):
                 for place in range(walk.position, len(walk.token_ids)):
                     drafted, own = choices[place - 1], walk.token_ids[place]
-                    if drafted != own and not {drafted, own} & self._never:
+                    if drafted != own and drafted not in self._never:
                         walk.position = place
                         found.append((walk, drafted))
                         break

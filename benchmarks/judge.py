@@ -1,0 +1,244 @@
+"""What a judge's head buys on sums written out in words, and what it costs.
+
+    vllm-spec calibrate judge sums --prompts prompts.jsonl --draft sums-draft \\
+        --checker vllm_spec_plugins.zoo.sums:final_answer --max-tokens 72 --output judge.safetensors
+    OMP_NUM_THREADS=1 python benchmarks/judge.py judge.safetensors
+    python benchmarks/judge.py --plot
+
+The zoo's `sums`, drafted for by `sums-draft` through the real engine, on prompts the head was not
+trained on: acceptance length (with the bonus token), price in total variation per draft token, and
+the share of right answers. Lossless, the head at several thresholds, and the verifier `threshold`,
+which asks for the target's own probability, at several as well. Rows of kind "roc" are the curves
+of the head's calibration, on its held-out prompts. The task is made so that harmless tokens may
+be as unlikely as wrong ones (`zoo/sums.py`): it shows what a judge is for, not what it is worth
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from provenance import provenance
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from vllm_spec_plugins import zoo
+from vllm_spec_plugins.calibration.generations import Engine, offline_engine
+from vllm_spec_plugins.judge_head import JudgeCard
+from vllm_spec_plugins.zoo.sums import final_answer, solve, sums
+
+RESULTS = Path(__file__).parent / "results" / "judge.jsonl"
+PICTURE = RESULTS.with_suffix(".png")
+#: Of the tasks; the head learns from tasks of seed 2.
+SEED = 3
+MAX_TOKENS = 72
+#: Beside the head's own threshold: of its score.
+SCORES = (0.5, 0.001, 0.0)
+#: Of the target's log probability.
+LOG_PROBABILITIES = (-2.0, -5.0, -8.0, -12.0)
+
+
+def settings(head: str, own: float) -> list[tuple[str, dict[str, Any] | str]]:
+    """Name of each curve, and a verifier on it."""
+    judges = [
+        ("judge", {"name": "judge", "head": head, "threshold": score})
+        for score in sorted({*SCORES, own}, reverse=True)
+    ]
+    free = [
+        ("threshold", {"name": "threshold", "min_log_probability": least})
+        for least in LOG_PROBABILITIES
+    ]
+    return [("lossless", "lossless"), *judges, *free]
+
+
+def prompts_not_learnt(count: int, learnt: set[str]) -> list[str]:
+    """So many different prompts."""
+    found = dict.fromkeys(task.prompt for task in sums(SEED, 4 * count))
+    return [prompt for prompt in found if prompt not in learnt][:count]
+
+
+def main(
+    head: Annotated[str, typer.Argument(help="Of `vllm-spec calibrate judge`.")] = "",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 300,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Tokens drafted.")] = 6,
+    seeds: Annotated[str, typer.Option(help="Of the requests at temperature 1.")] = "0,1,2",
+    plot: Annotated[bool, typer.Option("--plot", help="Only draw what was measured.")] = False,
+) -> None:
+    if not plot:
+        rows = measure(head, prompts, num_speculative_tokens, [int(s) for s in seeds.split(",")])
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw([json.loads(line) for line in RESULTS.read_text().splitlines()])
+
+
+def measure(head: str, count: int, most: int, seeds: list[int]) -> list[dict[str, Any]]:
+    """All rows of a run."""
+    card = JudgeCard.read(head)
+    target, draft = zoo.ensure("sums"), zoo.ensure("sums-draft")
+    learnt = {task.prompt for task in sums(2, 400)}
+    texts = prompts_not_learnt(count, learnt)
+    source = provenance()
+    report = json.loads(Path(head).with_suffix(".json").read_text())
+    held_out = report["training"]["held_out"]
+    shared = {
+        "held_out": {key: held_out[key] for key in ("tokens", "errors", "prompts")},
+        "gain": held_out["gain"],
+        "gain_error": held_out["gain_error"],
+        "data_sha256": card.data_sha256,
+    }
+    rows = [
+        {"kind": "roc", "score": name, **held_out[name], **curve, **shared, **source}
+        for name, curve in report["curves"].items()
+    ]
+    for name, verifier in settings(head, card.threshold):
+        config = {
+            "method": "draft_model",
+            "model": str(draft),
+            "num_speculative_tokens": most,
+            "draft_sample_method": "probabilistic",
+            "verifier": verifier,
+        }
+        engine = Engine("float32", 1, options={"speculative_config": config, "max_num_seqs": 16})
+        with offline_engine(target, 128, engine, seed=0) as llm:
+            for temperature, seed in [(0.0, 0), *((1.0, seed) for seed in seeds)]:
+                row = run(llm, texts, temperature, seed)
+                options = verifier if isinstance(verifier, dict) else {}
+                level = options.get("threshold", options.get("min_log_probability"))
+                row = {"kind": "engine", "verifier": name, "level": level,
+                       "own_threshold": name == "judge" and level == card.threshold,
+                       "num_speculative_tokens": most, "prompts": len(texts), **row}  # fmt: skip
+                print(row, flush=True)
+                rows.append({**row, **source})
+    return rows
+
+
+def run(llm: Any, texts: list[str], temperature: float, seed: int) -> dict[str, Any]:
+    """One pass over the prompts."""
+    from vllm import SamplingParams
+
+    before = tally(llm)
+    params = [
+        SamplingParams(temperature=temperature, seed=1000 * seed + i, max_tokens=MAX_TOKENS)
+        for i in range(len(texts))
+    ]
+    outputs = llm.generate(texts, params, use_tqdm=False)
+    after = tally(llm)
+    spent = {key: after[key] - before[key] for key in before}
+    right = sum(
+        final_answer(prompt, output.outputs[0].text) == solve(prompt)
+        for prompt, output in zip(texts, outputs, strict=True)
+    )
+    accuracy = right / len(texts)
+    return {
+        "temperature": temperature,
+        "seed": seed,
+        "acceptance_length": 1 + spent["accepted"] / spent["steps"],
+        "price": spent["price"] / spent["drafted"],
+        "accuracy": accuracy,
+        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / len(texts)),
+        **{key: spent[key] for key in ("steps", "drafted", "accepted")},
+        "tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
+    }
+
+
+def tally(llm: Any) -> dict[str, float]:
+    """What was drafted so far, and its price."""
+    [metrics] = llm.collective_rpc("spec_plugins_metrics")
+    sums_: dict[str, float] = dict.fromkeys(("steps", "drafted", "accepted", "price"), 0)
+    for row in metrics["by_method"]:
+        for key in ("steps", "drafted", "accepted"):
+            sums_[key] += row[key]
+        sums_["price"] += row["total_variation_price"] * row["drafted"]
+    return sums_
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Both curves, and quality against acceptance length at both temperatures."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.use("Agg")
+    figure = Figure(figsize=(15, 4.8), layout="constrained", facecolor="white")
+    left, *others = figure.subplots(1, 3)
+    colours = {"judge": "#5b8def", "head": "#5b8def", "threshold": "#c0504d",
+               "probability": "#c0504d", "lossless": "#202124"}  # fmt: skip
+    for row in rows:
+        if row["kind"] == "roc":
+            label = "head" if row["score"] == "head" else "target's own probability"
+            left.plot(row["errors"], row["harmless"], color=colours[row["score"]],
+                      label=f"{label}: area {row['area']:.3f}")  # fmt: skip
+            left.plot([1 - row["recall"]], [row["harmless_passed"]], "o",
+                      color=colours[row["score"]])  # fmt: skip
+            held_out = row["held_out"]
+    left.set(
+        title=f"{held_out['tokens']} mismatches of {held_out['prompts']} held-out prompts",
+        xlabel="share of errors that pass",
+        ylabel="share of harmless tokens that stand",
+    )
+    left.legend(frameon=False, loc="lower right")
+    for axes, temperature in zip(others, (0.0, 1.0), strict=True):
+        chosen = [r for r in rows if r["kind"] == "engine" and r["temperature"] == temperature]
+        for name, label in (
+            ("lossless", "lossless"),
+            ("judge", "judge, by threshold of the score"),
+            ("threshold", "threshold, by least log probability"),
+        ):
+            points = [mean_of(chosen, name, level) for level in levels_of(chosen, name)]
+            axes.errorbar(
+                [p["acceptance_length"] for p in points],
+                [p["accuracy"] for p in points],
+                yerr=[p["accuracy_error"] for p in points],
+                xerr=[p["length_error"] for p in points],
+                fmt="o-" if len(points) > 1 else "D",
+                color=colours[name],
+                label=label,
+                capsize=2,
+            )
+            for point in points:
+                if point["level"] is not None:
+                    axes.annotate(
+                        f"{point['level']:.3g}", (point["acceptance_length"], point["accuracy"]),
+                        xytext=(4, 5), textcoords="offset points", fontsize=8,
+                        color=colours[name],
+                    )  # fmt: skip
+        axes.set(
+            title=f"temperature {temperature:g}",
+            xlabel="acceptance length, bonus token included",
+            ylabel="share of right answers",
+            ylim=(-0.03, 1.06),
+        )
+        axes.legend(frameon=False, loc="lower left")
+    figure.savefig(PICTURE, dpi=130)
+    print(PICTURE.name)
+
+
+def levels_of(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """Levels of one curve in order of rising acceptance."""
+    found = dict.fromkeys(row["level"] for row in rows if row["verifier"] == name)
+    return sorted(found, key=lambda level: -(level or 0))
+
+
+def mean_of(rows: list[dict[str, Any]], name: str, level: Any) -> dict[str, Any]:
+    """One point: the mean over seeds. Its error: over seeds where there are several."""
+    chosen = [row for row in rows if row["verifier"] == name and row["level"] == level]
+    lengths = [row["acceptance_length"] for row in chosen]
+    accuracy = sum(row["accuracy"] for row in chosen) / len(chosen)
+    mean = sum(lengths) / len(lengths)
+    spread = sum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1)
+    texts = sum(row["prompts"] for row in chosen)
+    return {
+        "level": level,
+        "acceptance_length": mean,
+        "length_error": math.sqrt(spread / len(lengths)),
+        "accuracy": accuracy,
+        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / texts),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
