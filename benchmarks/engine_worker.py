@@ -289,6 +289,7 @@ class Engine:
             choice = Choice(name=options.pop("name"), options=options)
             cls, parsed = choice.build(Kind.LENGTH_CONTROLLER, installed())
             self._controllers[key] = cls(parsed, adapter.context)
+            adapter.time_passes(self._controllers[key])
         adapter.length_control = self._controllers[key]
         adapter._has_length_control = not isinstance(adapter.length_control, Fixed)
 

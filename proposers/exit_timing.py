@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_spec_plugins.exit_selection import ExitCosts
+from vllm_spec_plugins.stopwatch import fastest
 
 from .exit_passes import DraftStep, ExitPass
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from vllm_spec_plugins.target_model import LayerStack, PagedSequences, TargetModel
 
-#: Each pass is timed so often; the fastest counts, as nothing makes a pass too fast.
-_REPEATS = 3
 #: Batch sizes above this are taken to cost like it.
 _LARGEST_BATCH = 16
 
@@ -43,21 +41,24 @@ def measure_costs(
     """
     sizes = [size for size in (1, 4, _LARGEST_BATCH) if size <= max_num_requests]
     draft = np.empty((len(sizes), len(passes)))
-    verify = np.empty((len(sizes), most + 1))
+    verify, plain = np.empty((len(sizes), most + 1)), np.empty(len(sizes))
     layers = target.layers(0, target.num_layers)
     for row, size in enumerate(sizes):
         sequences = target.warm_up_sequences(size)
-        plain = _seconds(partial(_verify, target, layers, sequences, size, 0, device))
-        longest = _seconds(partial(_verify, target, layers, sequences, size, most, device))
-        # In between, costs grow with the number of tokens.
-        slope = max(longest / plain - 1, 0.0) / most
-        verify[row] = 1 + slope * np.arange(most + 1)
         token_ids = torch.zeros(size, dtype=torch.int64, device=device)
         step = DraftStep(token_ids, token_ids, sequences, np.arange(size))
-        for column, run in enumerate(passes):
+        for run in passes:
             run.begin(size)
-            draft[row, column] = _seconds(partial(run, step)) / plain
-    return ExitCosts(np.array(sizes, dtype=np.int64), draft, verify)
+        verifying = [
+            partial(_verify, target, layers, sequences, size, count, device) for count in (0, most)
+        ]
+        seconds = fastest([*verifying, *(partial(run, step) for run in passes)])
+        plain[row] = seconds[0]
+        # In between, costs grow with the number of tokens.
+        slope = max(seconds[1] / seconds[0] - 1, 0.0) / most
+        verify[row] = 1 + slope * np.arange(most + 1)
+        draft[row] = seconds[2:] / seconds[0]
+    return ExitCosts(np.array(sizes, dtype=np.int64), draft, verify, plain)
 
 
 def _verify(
@@ -73,20 +74,3 @@ def _verify(
     with sequences.step(positions, [1 + num_draft] * num_requests):
         state = layers(target.embed(torch.zeros_like(positions)), positions)
     return target.head.logits(target.final_norm(state))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Fastest of a few runs, after one that does not count."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        _wait_for_device()
-        started = time.perf_counter()
-        run()
-        _wait_for_device()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vllm_spec_plugins.exit_selection import ExitCosts, ExitSelection, expected, step_values
+from vllm_spec_plugins.step_cost import StepTime
 
 LAYERS = (2, 4, 8)
 MOST = 6
@@ -97,12 +98,56 @@ def test_impossible_costs(sizes: list, draft: list, verify: list, message: str) 
         ExitCosts(np.array(sizes), np.array(draft), np.array(verify))
 
 
+def test_impossible_plain_times() -> None:
+    for plain in ([0.0], [0.1, 0.2]):
+        with pytest.raises(ValueError, match="plain must be positive, one for each of 1 sizes"):
+            ExitCosts(np.ones(1, dtype=int), np.ones((1, 1)), np.ones((1, 2)), np.array(plain))
+
+
 def test_costs_must_be_of_the_exits() -> None:
     with pytest.raises(ValueError, match="of 3 exits and up to 6 draft tokens"):
         ExitSelection((2, 4), DEAR, MOST, 4)
     with pytest.raises(ValueError, match="3 exits and up to 9 draft tokens"):
         ExitSelection(LAYERS, DEAR, 9, 4)
     assert ExitSelection(LAYERS, DEAR, 3, 4).choose(["a"]).lengths.max() <= 3
+
+
+def test_served_steps_correct_what_was_timed() -> None:
+    timed = ExitCosts(
+        np.array([1, 4]),
+        np.tile([0.1, 0.2, 0.4], (2, 1)),
+        np.tile(1 + 0.05 * np.arange(MOST + 1), (2, 1)),
+        np.array([0.010, 0.020]),
+    )
+    learner = selection(timed)
+    draft, verify, first = learner._costs_at(2)
+    assert first == 0
+    assert verify == pytest.approx(1 + 0.05 * np.arange(MOST + 1))
+    for step in range(400):
+        requests, longest = (1, 4)[step % 2], step % 7
+        plain = timed.plain_at(requests)
+        assert plain is not None
+        # The engine adds 10 ms to each step and half a millisecond to each draft.
+        seconds = 0.010 + plain * (1 + 0.05 * longest)
+        drafting = (0.0005 + longest * 0.2 * plain) * bool(longest)
+        learner.observe_time(
+            StepTime(requests, requests * (1 + longest), longest, seconds, drafting), 4
+        )
+    draft, verify, first = learner._costs_at(1)
+    assert verify[0] == 1
+    assert verify[-1] == pytest.approx((0.010 + 0.010 * 1.3) / 0.020, rel=0.02)
+    assert draft == pytest.approx([0.05, 0.1, 0.2], rel=0.1)
+    assert first == pytest.approx(0.025, abs=0.02)
+
+
+def test_layer_counts_are_not_corrected() -> None:
+    """Ranks of a tensor-parallel group measure different times."""
+    learner = selection(DEAR)
+    before = learner._costs_at(2)
+    learner.observe_time(StepTime(2, 6, 2, 0.5, 0.1), 4)
+    after = learner._costs_at(2)
+    assert before[0].tolist() == after[0].tolist()
+    assert before[1].tolist() == after[1].tolist()
 
 
 # --- expected tokens and costs ---

@@ -26,7 +26,7 @@ from vllm_spec_plugins.length_control import (
 )
 from vllm_spec_plugins.registry import Kind, installed
 from vllm_spec_plugins.request_table import RequestTable
-from vllm_spec_plugins.step_cost import StepCost
+from vllm_spec_plugins.step_cost import StepTime
 
 FACTS = ModelFacts(
     model="toy",
@@ -254,7 +254,10 @@ def test_expected_speedup_is_deterministic_and_within_bounds(
         drafted = np.maximum(lengths[0], 1)
         for controller in pair:
             controller.observe(ids, drafted, np.minimum(drafted, accepted))
-            controller.observe_step_time(len(ids) + int(drafted.sum()), 0.01 + 0.001 * accepted)
+            tokens, longest = len(ids) + int(drafted.sum()), int(drafted.max(initial=0))
+            if ids:
+                time = StepTime(len(ids), tokens, longest, 0.01 + 0.001 * accepted, 0.002 * longest)
+                controller.observe_step_time(time)
             controller.finish([i for i in ids if int(i) % 3 == accepted % 3])
 
 
@@ -270,38 +273,42 @@ def test_verdicts_of_a_request_do_not_depend_on_its_place_in_the_batch() -> None
     assert forward.limits(keys(*ids)).tolist() == backward.limits(keys(*ids[::-1]))[::-1].tolist()
 
 
-def test_cost_is_measured() -> None:
-    controller = speedup()
-    assert controller.cost_ratio(1) is None
-    for step in range(200):
-        (length,) = controller.limits(keys("a"))
-        seconds = 0.010 + 0.001 * (1 + int(length))
-        controller.observe_step_time(1 + int(length), seconds)
-        controller.observe(["a"], counts(max(length, 1)), counts(max(length, 1) - step % 2))
-    # One request: a token costs 0.001 of 0.011; eight share the fixed 0.010.
-    assert controller.cost_ratio(1) == pytest.approx(1 / 11, rel=1e-6)
-    assert controller.cost_ratio(8) == pytest.approx(8 / 18, rel=1e-6)
+def serve(controller: ExpectedSpeedup, rate: float, each: float, steps: int = 300) -> list[int]:
+    """Lengths drafted by one request, whose plain step takes 10 ms and a draft token `each`."""
+    generator = np.random.default_rng(0)
+    lengths = []
+    for _ in range(steps):
+        (length,) = controller.limits(keys("a")).tolist()
+        lengths.append(length)
+        time = StepTime(1, 1 + length, length, 0.010, 0.001 * bool(length) + each * length)
+        controller.observe_step_time(time)
+        if length:
+            accepted = int((generator.random(length) < rate).cumprod().sum())
+            controller.observe(["a"], counts(length), counts(accepted))
+    return lengths
 
 
-def test_prompts_do_not_enter_the_cost() -> None:
-    controller = speedup()
-    for step in range(100):
-        tokens = 1 + step % 7
-        controller.observe_step_time(tokens, 0.010 + 0.001 * tokens)
-        controller.observe_step_time(1000, 5.0)
-    assert controller.cost_ratio(1) == pytest.approx(1 / 11, rel=1e-6)
+@pytest.mark.parametrize(("rate", "each"), [(0.8, 0.002), (0.8, 0.0002), (0.3, 0.008)])
+def test_cost_is_measured(rate: float, each: float) -> None:
+    controller = speedup(probe_every=32)
+    controller.set_pass_times(counts(1, 2, 1024), np.array([0.01, 0.01, 0.01]))
+    lengths = serve(controller, rate, each)
+    assert lengths[0] == 3  # one step to get to know the cost
+    speeds = [
+        sum(rate**i for i in range(k + 1)) / (0.010 + 0.001 * bool(k) + each * k) for k in range(7)
+    ]
+    assert np.mean([speeds[length] for length in lengths[100:]]) > 0.97 * max(speeds)
+    assert (lengths.count(0) > 200) == (speeds[0] == max(speeds))
 
 
 def test_given_cost_is_not_overruled() -> None:
-    controller = speedup(cost_ratio=0.2)
+    timed, told = speedup(cost_ratio=0.2), speedup(cost_ratio=0.2)
     for step in range(100):
-        controller.observe_step_time(1 + step % 7, 0.001 * (1 + step % 7))
-    assert controller.cost_ratio(8) == 0.2
-
-
-def test_unmeasured_cost_makes_steps_differ() -> None:
-    controller = speedup()
-    assert [int(controller.limits(keys("a"))[0]) for _ in range(4)] == [6, 3, 6, 3]
+        timed.observe_step_time(StepTime(1, 1 + step % 7, step % 7, 0.001, 1.0))
+    for controller in (timed, told):
+        controller.observe(["a"], counts(6), counts(5))
+    assert timed.limits(keys("a", "b")).tolist() == told.limits(keys("a", "b")).tolist()
+    assert timed.limits(keys("b"))[0] > 0
 
 
 def test_tensor_parallel_needs_a_cost_ratio() -> None:
@@ -311,52 +318,10 @@ def test_tensor_parallel_needs_a_cost_ratio() -> None:
     with pytest.raises(ConfigError, match="2 tensor-parallel ranks"):
         ExpectedSpeedup(measured, PARALLEL)
     given_cost = ExpectedSpeedupOptions.model_validate({"cost_ratio": 0.1})
-    assert ExpectedSpeedup(given_cost, PARALLEL).cost_ratio(3) == 0.1
+    assert ExpectedSpeedup(given_cost, PARALLEL).limits(keys("a")).tolist() == [3]
 
 
 # --- what they are made of ---
-
-
-def test_step_cost_ignores_outliers_and_nonsense() -> None:
-    cost = StepCost()
-    for step in range(300):
-        tokens = 1 + step % 5
-        cost.observe(tokens, 0.02 + 0.002 * tokens)
-    before = cost.ratio(1)
-    assert before == pytest.approx(2 / 22, rel=1e-6)
-    cost.observe(3, 60.0)  # a pause
-    cost.observe(0, 1.0)
-    cost.observe(5, 0.0)
-    cost.observe(5, float("nan"))
-    assert cost.ratio(1) == pytest.approx(before, rel=0.2)
-
-
-def test_step_cost_keeps_its_line_while_steps_are_alike() -> None:
-    cost = StepCost()
-    for step in range(100):
-        cost.observe(1 + step % 5, 0.02 + 0.002 * (1 + step % 5))
-    for _ in range(5000):
-        cost.observe(4, 0.028)
-    assert cost.ratio(1) == pytest.approx(2 / 22, rel=0.05)
-
-
-def test_step_cost_follows_a_change() -> None:
-    cost = StepCost(discount=0.95)
-    for slope in (0.002, 0.010):
-        for step in range(400):
-            cost.observe(1 + step % 5, 0.02 + slope * (1 + step % 5))
-    assert cost.ratio(1) == pytest.approx(10 / 30, rel=0.01)
-
-
-def test_step_cost_never_falls_below_nothing() -> None:
-    falling, proportional = StepCost(), StepCost()
-    for step in range(100):
-        tokens = 1 + step % 5
-        falling.observe(tokens, 0.02 - 0.002 * tokens)
-        proportional.observe(tokens, 0.02 * tokens - 0.01)
-    assert falling.ratio(1) == 0
-    assert proportional.fixed == pytest.approx(0, abs=1e-12)
-    assert proportional.ratio(4) == pytest.approx(1)
 
 
 def test_request_table_reuses_rows_with_initial_values() -> None:

@@ -12,6 +12,7 @@ from vllm_spec_plugins.confidence_bins import ConfidenceBins
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.length_control import RequestKeys, expected_speedups
 from vllm_spec_plugins.registry import Kind, installed
+from vllm_spec_plugins.step_cost import StepTime
 from vllm_spec_plugins.testing import toy_context
 from vllm_spec_plugins.thompson_sampling import Thompson, ThompsonOptions
 
@@ -240,16 +241,34 @@ def test_tokens_nobody_judged_teach_nothing() -> None:
 
 
 def test_cost_is_measured() -> None:
-    controller = thompson()
-    lengths = []
-    for step in range(60):
-        length = int(controller.limits(keys(["a"], step))[0])
-        lengths.append(length)
-        if controller.cost_ratio(1) is None:  # neither is cut short
-            assert not controller.stop_after(keys(["a"], step), 0, np.zeros(1, np.float32))[0]
-        controller.observe_step_time(1 + length, 0.010 + 0.001 * (1 + length))
-    assert lengths[:4] == [8, 4, 8, 4]
-    assert controller.cost_ratio(1) == pytest.approx(1 / 11, rel=1e-6)
+    """A draft step takes a quarter of a plain step, whoever drafts along."""
+    controller = thompson(calibrated=False)
+    names, verify, each, rate = [f"r{i}" for i in range(4)], 0.010, 0.0025, 0.8
+    generator, longest = np.random.default_rng(0), []
+    for step in range(300):
+        asked = keys(names, step)
+        limits = controller.limits(asked)
+        drafted, going = np.zeros(4, dtype=np.int64), limits > 0
+        for index in range(MOST):
+            drafted += going
+            still = np.flatnonzero(going & (drafted < limits))
+            going[:] = False
+            stops = controller.stop_after(asked.select(still), index, np.ones(len(still), "f4"))
+            going[still] = ~stops
+        longest.append(int(drafted.max()))
+        if drafted.any():
+            accepted = (generator.random((4, MOST)) < rate).cumprod(axis=1).sum(axis=1)
+            had = np.flatnonzero(drafted)
+            controller.observe(
+                [names[i] for i in had], drafted[had], np.minimum(accepted, drafted)[had]
+            )
+        drafting = each * longest[-1]
+        controller.observe_step_time(
+            StepTime(4, 4 + int(drafted.sum()), longest[-1], verify, drafting)
+        )
+    assert longest[0] == (MOST + 1) // 2  # neither is cut short while nothing is known
+    speeds = [sum(rate**i for i in range(k + 1)) / (verify + each * k) for k in range(MOST + 1)]
+    assert np.mean([speeds[k] for k in longest[100:]]) > 0.97 * max(speeds)
 
 
 def test_tensor_parallel_needs_a_cost_ratio() -> None:

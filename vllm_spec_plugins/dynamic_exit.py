@@ -67,7 +67,7 @@ class DynamicExit(ExitController):
         if not len(request_ids):
             return np.zeros(0, dtype=np.int64)
         choice = self.selection.choose(request_ids, use_thresholds=self.options.use_thresholds)
-        self.layer = choice.layer
+        self.choose_layer(choice.layer)
         self._thresholds.values[self._thresholds.rows(request_ids), 0] = choice.thresholds
         return choice.lengths
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .length_control import LengthController, LengthControlOptions, Signals
 from .request_table import RequestTable
+from .step_cost import CostLine, StepTime
 
 if TYPE_CHECKING:
     from .context import EngineContext
@@ -33,6 +34,7 @@ class ExitCosts:
             interpolated, beyond them the nearest holds.
         draft: `[B, E]` float64, one draft step after each exit.
         verify: `[B, K+1]` float64, verifying 0 to K draft tokens of every request; `[:, 0]` is 1.
+        plain: `[B]` float64, seconds of that plain step; None where nothing was timed.
 
     Raises:
         ValueError: The shapes do not agree, or a number cannot be such a cost.
@@ -41,6 +43,7 @@ class ExitCosts:
     batch_sizes: NDArray[np.int64]
     draft: NDArray[np.float64]
     verify: NDArray[np.float64]
+    plain: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         sizes = len(self.batch_sizes)
@@ -51,6 +54,8 @@ class ExitCosts:
                 raise ValueError(f"{name} must be positive, with a row for each of {sizes} sizes")
         if not (self.verify[:, 0] == 1).all():
             raise ValueError("verify[:, 0] must be 1: costs are relative to a plain step")
+        if self.plain is not None and not (len(self.plain) == sizes and (self.plain > 0).all()):
+            raise ValueError(f"plain must be positive, one for each of {sizes} sizes")
 
     @classmethod
     def from_layers(
@@ -71,12 +76,18 @@ class ExitCosts:
 
     def at(self, num_requests: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`[E]` draft and `[K+1]` verification costs in a batch of so many requests."""
+        return self._between(self.draft, num_requests), self._between(self.verify, num_requests)
+
+    def plain_at(self, num_requests: int) -> float | None:
+        """Seconds of a plain step of so many requests; None where nothing was timed."""
+        return None if self.plain is None else float(self._between(self.plain, num_requests))
+
+    def _between(self, table: NDArray[np.float64], num_requests: int) -> NDArray[np.float64]:
         sizes = self.batch_sizes
         place = float(np.interp(num_requests, sizes, np.arange(len(sizes))))
         low = int(place)
         high, share = min(low + 1, len(sizes) - 1), place - low
-        draft = self.draft[low] + share * (self.draft[high] - self.draft[low])
-        return draft, self.verify[low] + share * (self.verify[high] - self.verify[low])
+        return table[low] + share * (table[high] - table[low])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +119,9 @@ class ExitSelection:
     draft token costs so little that doubtful ones pay, too.
 
     Each request's evidence is drawn towards the mean over all, so that a new one starts well.
+
+    Costs timed before serving leave out what an engine adds to each step: they are corrected by
+    the times of the steps served (`CostLine`), of verification and of drafting.
 
     Args:
         layers: `[E]` the exits, as numbers of layers run, rising.
@@ -156,6 +170,7 @@ class ExitSelection:
         #: Whether anything was observed yet.
         self.has_evidence = False
         self._costs = costs
+        self._verification, self._drafting = CostLine(), CostLine()
         self._most = most
         #: The exit of the last round, as an index.
         self._current: int | None = None
@@ -191,7 +206,7 @@ class ExitSelection:
         """
         rows = self._table.rows(request_ids)
         evidence = self._evidence(rows) if len(rows) else self._prior()[None]
-        draft, verify = self._costs.at(len(evidence))
+        draft, verify, first = self._costs_at(len(evidence))
         if layer is not None:
             only = [self.layers.index(layer)]
             evidence, draft = evidence[..., only], draft[only]
@@ -203,6 +218,7 @@ class ExitSelection:
             draft,
             verify[: self._most + 1],
         )
+        drafting[1:2] += first
         if not use_thresholds:
             tokens, verifying, drafting = tokens[:, :1], verifying[:, :1], drafting[:, :1]
         gains, values, speed = step_values(tokens, verifying, drafting)
@@ -270,9 +286,37 @@ class ExitSelection:
         self._table.values[rows, 0] = 0
         self._mean = self._mean * self._MEAN_DISCOUNT + sums.sum(axis=0)
 
+    def observe_time(self, step: StepTime, layer: int) -> None:
+        """Learn what a step took whose drafts were made after `layer`."""
+        plain = self._costs.plain_at(step.num_requests)
+        if plain is None:
+            return
+        draft, verify = self._costs.at(step.num_requests)
+        num_draft = step.num_tokens / step.num_requests - 1  # of each request, on average
+        of_draft = float(np.interp(num_draft, np.arange(len(verify)), verify))
+        self._verification.observe(plain * of_draft, step.seconds)
+        if step.longest_draft:
+            of_step = plain * float(draft[self.layers.index(layer)])
+            self._drafting.observe(step.longest_draft * of_step, step.drafting_seconds)
+
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests that are gone."""
         self._table.forget(request_ids)
+
+    def _costs_at(
+        self, num_requests: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+        """`[E]` draft and `[K+1]` verification costs, and what a draft takes once.
+
+        In plain steps of so many requests, as the engine takes them.
+        """
+        draft, verify = self._costs.at(num_requests)
+        plain = self._costs.plain_at(num_requests)
+        if plain is None or not (self._verification.is_known and self._drafting.is_known):
+            return draft, verify, 0.0
+        seconds = self._verification.fixed + self._verification.slope * plain * verify
+        drafting = self._drafting.slope * plain * draft
+        return drafting / seconds[0], seconds / seconds[0], self._drafting.fixed / seconds[0]
 
     def _prior(self) -> NDArray[np.float64]:
         """`[_NUM_SUMS, E]` what is assumed of a request not seen before."""
@@ -400,8 +444,18 @@ class ExitController(LengthController):
         super().__init__(options, context)
         #: None until the proposer has set its exits.
         self.selection: ExitSelection | None = None
+        #: The layer after which the drafts of the step at hand were made.
+        self._verified_layer: int | None = None
 
     def set_exits(self, selection: ExitSelection) -> None:
         """Take what there is to choose from, once."""
         self.selection = selection
         self.layer = selection.choose(()).layer
+
+    def choose_layer(self, layer: int) -> None:
+        """Draft after this layer in this round, called in every `limits`."""
+        self._verified_layer, self.layer = self.layer, layer
+
+    def observe_step_time(self, step: StepTime) -> None:
+        if self.selection is not None and self._verified_layer is not None:
+            self.selection.observe_time(step, self._verified_layer)

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from .batch_lengths import batch_lengths
 from .errors import ConfigError
 from .options import PluginOptions
 from .request_table import RequestTable
-from .step_cost import StepCost
+from .step_cost import DraftCosts, StepCost, StepTime
 
 if TYPE_CHECKING:
     from .context import EngineContext, ModelFacts
@@ -114,8 +115,14 @@ class LengthController(ABC):
             accepted: `[R]` of those, accepted.
         """
 
-    def observe_step_time(self, num_tokens: int, seconds: float) -> None:
-        """Learn from one engine step: tokens in the forward pass, seconds it took."""
+    def set_pass_times(self, num_tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
+        """Told once, before serving: what a target pass of `[P]` so many tokens takes.
+
+        Passes are timed only for a controller that overrides this.
+        """
+
+    def observe_step_time(self, step: StepTime) -> None:
+        """Learn from one engine step without prompts."""
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests that are gone."""
@@ -200,8 +207,8 @@ class SpeedupOptions(LengthControlOptions):
     cost_ratio: float | None = Field(
         None,
         gt=0,
-        description="cost of one more draft token (drafting and verifying it) relative to a "
-        "step without drafts; default: measured while serving",
+        description="cost of one more draft token (drafting and verifying it) relative to one "
+        "request's share of a step without drafts; default: measured while serving",
     )
     initial_acceptance: float = Field(
         0.6, gt=0, lt=1, description="acceptance rate assumed before anything was verified"
@@ -220,8 +227,9 @@ class SpeedupController(LengthController):
     """Knows, of each request, the chance that a draft token is accepted, and what one costs.
 
     The chance is measured from past verdicts (accepted tokens against first rejections,
-    discounted) and drawn towards the mean over all requests; the cost is an option, or fitted
-    to the times of past steps.
+    discounted) and drawn towards the mean over all requests. The cost is an option, the same
+    for every request whatever the others do; or it is learned from the times of past steps,
+    for the batch as it is (`StepCost`).
     """
 
     Options = SpeedupOptions
@@ -244,10 +252,7 @@ class SpeedupController(LengthController):
         self._table = RequestTable([0.0, 0.0, *columns], context.max_num_requests)
         self._cost = StepCost()
         self._most = context.facts.num_speculative_tokens
-        #: Steps larger than this hold prompts, whose tokens cost differently.
-        self._largest_step = context.max_num_requests * (self._most + 1)
         self._accepted, self._rejected = 0.0, 0.0
-        self._steps = 0
 
     @classmethod
     def check(cls, options: LengthControlOptions, facts: ModelFacts) -> None:
@@ -260,11 +265,9 @@ class SpeedupController(LengthController):
                 '"cost_ratio": 0.1}.'
             )
 
-    def cost_ratio(self, num_requests: int) -> float | None:
-        """c with that many requests in the step; None while it is being measured."""
-        if self._given_cost is not None:
-            return self._given_cost
-        return self._cost.ratio(num_requests)
+    def costs(self, num_requests: int) -> DraftCosts | None:
+        """Measured costs of a step of so many requests; None until drafts were timed."""
+        return self._cost.at(num_requests, self._most)
 
     def _evidence(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`[R]` draft tokens accepted and rejected, the mean's share included: both positive."""
@@ -277,9 +280,10 @@ class SpeedupController(LengthController):
             own[:, self._REJECTED] + scale * rejected,
         )
 
+    @property
     def _length_to_measure(self) -> int:
-        """Long and short by turns: steps of one size say nothing about a token's cost."""
-        return self._most if self._steps % 2 else (self._most + 1) // 2
+        """What is drafted while nothing is known of the costs: for one step."""
+        return (self._most + 1) // 2
 
     def observe(
         self,
@@ -297,9 +301,11 @@ class SpeedupController(LengthController):
         evidence[rows, self._ACCEPTED] += accepted[known]
         evidence[rows, self._REJECTED] += rejected[known]
 
-    def observe_step_time(self, num_tokens: int, seconds: float) -> None:
-        if self._given_cost is None and num_tokens <= self._largest_step:
-            self._cost.observe(num_tokens, seconds)
+    def set_pass_times(self, num_tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
+        self._cost.set_pass_times(num_tokens, seconds)
+
+    def observe_step_time(self, step: StepTime) -> None:
+        self._cost.observe(step)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         self._table.forget(request_ids)
@@ -318,7 +324,8 @@ class ExpectedSpeedup(SpeedupController):
 
     With a the chance that a draft token is accepted and c the cost of one more of them, a
     draft of k tokens yields (1 - a^(k+1)) / (1 - a) tokens for k c + 1 plain steps (Leviathan
-    et al. 2211.17192).
+    et al. 2211.17192). Where the costs are measured, a batch is one step: its tokens over its
+    time are what counts (`batch_lengths`).
 
     It depends on past verdicts only, and the same history gives the same lengths.
     """
@@ -338,13 +345,16 @@ class ExpectedSpeedup(SpeedupController):
         return accepted / (accepted + rejected)
 
     def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
-        self._steps += 1
         request_ids = requests.request_ids
         rows = self._table.rows(request_ids)
-        cost = self.cost_ratio(len(rows))
-        if cost is None:
-            return np.full(len(rows), self._length_to_measure(), dtype=np.int64)
-        lengths = best_lengths(self.acceptance(request_ids), cost, self._most)
+        if not len(rows):
+            return np.zeros(0, dtype=np.int64)
+        if self._given_cost is not None:
+            lengths = best_lengths(self.acceptance(request_ids), self._given_cost, self._most)
+        elif (costs := self.costs(len(rows))) is not None:
+            lengths, _ = batch_lengths(self.acceptance(request_ids), costs)
+        else:
+            return np.full(len(rows), self._length_to_measure, dtype=np.int64)
         idle = np.where(lengths == 0, self._table.values[rows, self._IDLE] + 1, 0)
         probe = idle >= self.options.probe_every
         self._table.values[rows, self._IDLE] = np.where(probe, 0, idle)

@@ -1,72 +1,140 @@
-"""What an engine step costs, measured while serving: seconds = fixed + per token x tokens."""
+"""What drafting and verifying cost, learned from the steps that are served."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 
-class StepCost:
-    """Least squares over past steps, older ones counting less and less.
+import numpy as np
+from numpy.typing import NDArray
 
-    The line is only trusted when enough steps of different sizes back it, and it is kept
-    while later steps are all alike. A step many times slower than the line says (a
-    compilation, a pause) is counted as only a few times slower.
 
-    Args:
-        discount: Factor on the weight of all past steps at each new one.
-        min_steps: Weight, in steps, below which nothing is known.
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """What one engine step without prompts took.
+
+    Attributes:
+        num_requests: R, at least 1.
+        num_tokens: In the forward pass: R, and all draft tokens.
+        longest_draft: Most draft tokens of any request.
+        seconds: From the end of the step before to its own end, without any drafting.
+        drafting_seconds: What drafting the tokens verified here took.
     """
 
-    #: Largest ratio of a step's time to the line's that is taken at face value.
+    num_requests: int
+    num_tokens: int
+    longest_draft: int
+    seconds: float
+    drafting_seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftCosts:
+    """What a step costs, for R requests that draft alike. In seconds.
+
+    Attributes:
+        verify: `[K+1]` everything but drafting, with 0 to K draft tokens of each request.
+        first: What a draft takes once, however long it is.
+        each: What each further token of the longest draft takes.
+    """
+
+    verify: NDArray[np.float64]
+    first: float
+    each: float
+
+
+class CostLine:
+    """seconds = fixed + slope x: least squares over what was seen, older times counting less.
+
+    The line is drawn towards the one through the origin, as if `_PRIOR_STEPS` steps, whose x
+    differed by a tenth, had lain on that: steps that are all alike tell nothing about a slope.
+    A time far above the line (a compilation, a pause) counts as only a few times it.
+
+    Args:
+        discount: Factor on the weight of everything seen at each new time.
+    """
+
+    _PRIOR_STEPS = 8.0
+    _PRIOR_SPREAD = 0.1
+    #: Largest ratio of a time to the line's that is taken at face value.
     _OUTLIER = 3.0
-    #: Smallest spread of step sizes, relative to their mean, that determines a slope.
-    _MIN_SPREAD = 0.05
 
-    def __init__(self, discount: float = 0.99, min_steps: float = 16.0) -> None:
+    def __init__(self, discount: float = 0.98) -> None:
         self._discount = discount
-        self._min_steps = min_steps
         self._weight = 0.0
-        self._tokens = 0.0  # discounted means and second moments
-        self._seconds = 0.0
-        self._tokens_squared = 0.0
-        self._tokens_seconds = 0.0
-        #: Seconds of a step without tokens, and of each token; None while unknown.
-        self.fixed: float | None = None
-        self.per_token: float | None = None
+        # Discounted means and central second moments.
+        self._x = self._seconds = self._x_squared = self._x_seconds = 0.0
+        #: Both 0 until something was seen, and never negative.
+        self.fixed = self.slope = 0.0
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Count one step. Steps without tokens or time are ignored."""
-        if num_tokens <= 0 or not seconds > 0:
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was seen."""
+        return self._weight > 0
+
+    def observe(self, x: float, seconds: float) -> None:
+        """Count one time. What is not positive is ignored."""
+        if not (x > 0 and seconds > 0):
             return
-        if self.fixed is not None and self.per_token is not None:
-            line = self.fixed + self.per_token * num_tokens
-            seconds = min(seconds, self._OUTLIER * line)
+        if self.is_known:
+            seconds = min(seconds, self._OUTLIER * (self.fixed + self.slope * x))
         self._weight = self._weight * self._discount + 1
         share = 1 / self._weight
         # Centred updates: sums of squares would lose the small differences that matter.
-        off_tokens, off_seconds = num_tokens - self._tokens, seconds - self._seconds
-        self._tokens += share * off_tokens
+        off_x, off_seconds = x - self._x, seconds - self._seconds
+        self._x += share * off_x
         self._seconds += share * off_seconds
         keep = 1 - share
-        self._tokens_squared = keep * (self._tokens_squared + share * off_tokens**2)
-        self._tokens_seconds = keep * (self._tokens_seconds + share * off_tokens * off_seconds)
-        self._fit()
+        self._x_squared = keep * (self._x_squared + share * off_x**2)
+        self._x_seconds = keep * (self._x_seconds + share * off_x * off_seconds)
+        through_origin = self._seconds / self._x
+        prior = self._PRIOR_STEPS * (self._PRIOR_SPREAD * self._x) ** 2
+        slope = self._weight * self._x_seconds + prior * through_origin
+        slope /= self._weight * self._x_squared + prior
+        self.slope = min(max(slope, 0.0), through_origin)
+        self.fixed = self._seconds - self.slope * self._x
 
-    def ratio(self, num_requests: int) -> float | None:
-        """Cost of one more token, relative to one request's share of a step without drafts.
 
-        With R requests such a step takes fixed + R per_token, shared by R: the more
-        requests, the nearer to 1. None while unknown.
-        """
-        if self.fixed is None or self.per_token is None:
+class StepCost:
+    """What a step of so many requests and draft tokens would take.
+
+    Two lines, over the time of a target pass of as many tokens: of verification, over a pass of
+    all tokens of the step; of drafting, over the longest draft times a pass of one token for
+    each request. So times at one batch size tell something about another.
+    """
+
+    def __init__(self) -> None:
+        # Until told otherwise: as a pass that mostly waits for its weights.
+        self._tokens = np.array([0.0, 1.0])
+        self._pass_seconds = np.array([32.0, 33.0])
+        self._verification = CostLine()
+        self._drafting = CostLine()
+
+    def set_pass_times(self, num_tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
+        """`[P]` what a pass of so many tokens takes, rising, two at least: its shape is used."""
+        self._tokens = num_tokens.astype(np.float64)
+        # Nothing makes a pass too fast: one that took longer than a larger one was disturbed.
+        self._pass_seconds = np.minimum.accumulate(seconds[::-1])[::-1]
+
+    def observe(self, step: StepTime) -> None:
+        """Count one step."""
+        self._verification.observe(self._pass(step.num_tokens), step.seconds)
+        if step.longest_draft:
+            x = step.longest_draft * self._pass(step.num_requests)
+            self._drafting.observe(x, step.drafting_seconds)
+
+    def at(self, num_requests: int, most: int) -> DraftCosts | None:
+        """Costs of so many requests, up to `most` draft tokens; None until drafts were timed."""
+        verification, drafting = self._verification, self._drafting
+        if not (verification.is_known and drafting.is_known):
             return None
-        plain = self.fixed + num_requests * self.per_token
-        return num_requests * self.per_token / plain
+        passes = [self._pass(num_requests * (1 + k)) for k in range(most + 1)]
+        verify = verification.fixed + verification.slope * np.array(passes)
+        return DraftCosts(verify, drafting.fixed, drafting.slope * passes[0])
 
-    def _fit(self) -> None:
-        spread = self._tokens_squared**0.5
-        if self._weight < self._min_steps or spread < self._MIN_SPREAD * self._tokens:
-            return
-        slope = max(self._tokens_seconds / self._tokens_squared, 0.0)
-        # A line through the origin at most: no step costs less than nothing at rest.
-        slope = min(slope, self._seconds / self._tokens)
-        self.per_token = slope
-        self.fixed = self._seconds - slope * self._tokens
+    def _pass(self, num_tokens: int) -> float:
+        """Time of a target pass, in the unit it was told in; beyond the last along a line."""
+        tokens, seconds = self._tokens, self._pass_seconds
+        if num_tokens <= tokens[-1]:
+            return float(np.interp(num_tokens, tokens, seconds))
+        slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
+        return float(seconds[-1] + slope * (num_tokens - tokens[-1]))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from .batch_lengths import batch_lengths
 from .beta_draws import beta_draws
 from .confidence_bins import ConfidenceBins
 from .errors import ConfigError
@@ -58,13 +59,13 @@ class Thompson(SpeedupController):
     (`ConfidenceBins`), s the option `confidence_strength`.
 
     The next token yields one more token of text if it and all before it are accepted, so
-    theta_0 ... theta_j a / (a + b) tokens in expectation. It costs c plain steps (`cost_ratio`).
-    That time is worth what it would bring elsewhere: r c tokens, with r the tokens per plain
-    step's time that the best length yields at the acceptance rate a / (a + b), at least 1. So
-    drafting goes on while theta_0 ... theta_j a / (a + b) >= r c (for stopping problems of this
-    kind, where the reward is a rate, comparing with the best rate is optimal). Before the first
-    token, one draw of the acceptance rate itself is compared: a request that does not pay is
-    tried again now and then, the oftener the less is known of it.
+    theta_0 ... theta_j a / (a + b) tokens in expectation. Its time is worth what it would bring
+    elsewhere: its cost, times the speed that the best length yields at the acceptance rate
+    a / (a + b). So drafting goes on while the tokens are worth the time (for stopping problems
+    of this kind, where the reward is a rate, comparing with the best rate is optimal). In a
+    batch each request bears its verification, and together they bear the draft step.
+    Before the first token, one draw of the acceptance rate itself is compared: a request that
+    does not pay is tried again now and then, the oftener the less is known of it.
 
     The last token is kept whatever its confidence, and verdicts of the same step are never
     seen: the text's law does not change. Draws are keyed by request and position
@@ -76,13 +77,18 @@ class Thompson(SpeedupController):
     name = "thompson"
     needs = Signals.CONFIDENCES
 
-    #: Columns: a and b of the step, product of the thetas, r c; then K confidences.
+    #: Columns: a and b of the step, product of the thetas, what a token must yield at the cost
+    #: given as an option; then K confidences.
     _A, _B, _SURVIVAL, _NEEDED, _CONFIDENCES = range(SpeedupController._OWN, 7)
 
     def __init__(self, options: ThompsonOptions, context: EngineContext) -> None:
         confidences = context.facts.num_speculative_tokens if options.calibrated else 0
         super().__init__(options, context, columns=[0, 0, 1, 0, *[np.nan] * confidences])
         self._bins = ConfidenceBins(options.prior_strength) if options.calibrated else None
+        #: Of this round, at the costs measured: tokens that verifying one more must yield, `[K]`
+        #: and a 0, and that drafting one must, for all requests together.
+        self._verifying = np.zeros(self._most + 1)
+        self._drafting = 0.0
         # Compiles what the first request would otherwise wait for.
         one, zero = np.ones(1), np.zeros(1, dtype=np.int64)
         self._draw(RequestKeys([""], zero, zero), 0, one, one)
@@ -98,21 +104,32 @@ class Thompson(SpeedupController):
             )
 
     def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
-        self._steps += 1
         rows = self._table.rows(requests.request_ids)
+        if not len(rows):
+            return np.zeros(0, dtype=np.int64)
         a, b = self._evidence(rows)
-        cost = self.cost_ratio(len(rows))
-        if cost is None:
+        rates, theta = a / (a + b), self._draw(requests, 0, a, b)
+        cost, costs = self._given_cost, self.costs(len(rows))
+        self._verifying[:] = self._drafting = 0.0
+        if cost is not None:
+            needed = cost * expected_speedups(rates, cost, self._most).max(axis=1)
+            pays = theta >= needed
+        elif costs is not None:
             needed = np.zeros(len(rows))
-            lengths = np.full(len(rows), self._length_to_measure(), dtype=np.int64)
+            _, speed = batch_lengths(rates, costs)
+            self._verifying[: self._most] = speed * np.diff(costs.verify)
+            self._drafting = speed * costs.each * len(rows)
+            pays = batch_lengths(theta, costs)[0] > 0
         else:
-            needed = cost * expected_speedups(a / (a + b), cost, self._most).max(axis=1)
-            theta = self._draw(requests, 0, a, b)
-            lengths = np.where(theta >= needed, self._most, 0)
+            needed = np.zeros(len(rows))
+            pays = None
+        if pays is None:
+            lengths = np.full(len(rows), self._length_to_measure, dtype=np.int64)
+        else:
+            lengths = np.where(pays, self._most, 0)
             # Where nothing is drafted nothing is observed: evidence fades here instead.
-            idle = lengths == 0
-            if idle.any():
-                self._table.values[rows[idle], : self._OWN] *= self.options.discount
+            if not pays.all():
+                self._table.values[rows[~pays], : self._OWN] *= self.options.discount
         state = np.full((len(rows), self._table.values.shape[1] - self._A), np.nan)
         state[:, 0], state[:, 1], state[:, 2], state[:, 3] = a, b, 1.0, needed
         self._table.values[rows, self._A :] = state
@@ -133,7 +150,10 @@ class Thompson(SpeedupController):
             theta = self._draw(requests, step + 1, a + share, b + (strength - share))
         survival = survival * theta
         self._table.values[rows, self._SURVIVAL] = survival
-        return survival * rate < needed
+        gains = survival * rate - needed - self._verifying[step + 1]
+        # One more draft step, for all of those it is worth its verification to.
+        goes_on = (gains >= 0) & (gains.clip(min=0).sum() >= self._drafting)
+        return ~goes_on
 
     def observe(
         self,
