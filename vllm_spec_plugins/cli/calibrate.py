@@ -339,7 +339,10 @@ def exit_layer(
 @app.command()
 def codebook(
     codebook: Annotated[
-        Path, typer.Argument(help="safetensors file with the embeddings of the image codes.")
+        str,
+        typer.Argument(
+            help="safetensors file with the embeddings of the image codes, or digits of the zoo."
+        ),
     ],
     tensor: Annotated[
         str | None, typer.Option(help="Their name in the file; by default its only matrix.")

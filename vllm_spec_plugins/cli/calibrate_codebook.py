@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vllm_spec_plugins import zoo
 from vllm_spec_plugins.calibration.codebook import Codebook, nearest_codes
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, write_neighbours
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.image_token_range import image_token_range
+from vllm_spec_plugins.zoo.image_folder import CODEBOOK
 
 from .demonstration import model_to_serve
 
@@ -25,7 +27,7 @@ class Job:
     """What the command line asks for.
 
     Attributes:
-        codebook: safetensors file with the VQ embeddings.
+        codebook: safetensors file with the VQ embeddings, or an image model of the zoo.
         tensor: Its name in the file; None: the only matrix there.
         output: File to write.
         num_neighbours: k.
@@ -34,7 +36,7 @@ class Job:
         first_token_id: Id of code 0; None: what the model's config says.
     """
 
-    codebook: Path
+    codebook: str
     tensor: str | None
     output: Path
     num_neighbours: int = 100
@@ -52,7 +54,8 @@ def run(job: Job) -> None:
     console = Console()
     if job.output.suffix != ".safetensors":
         raise SpecPluginsError(f"--output must end in .safetensors, got {job.output}.")
-    codebook = Codebook.read(job.codebook, job.tensor)
+    path = zoo.images(job.codebook) / CODEBOOK if job.codebook in zoo.RECIPES else job.codebook
+    codebook = Codebook.read(path, job.tensor)
     count, width = codebook.embeddings.shape
     if not 1 <= job.num_neighbours < count:
         raise SpecPluginsError(

@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_spec_plugins.errors import ConfigError, SpecPluginsError, did_you_mean, listed
+from vllm_spec_plugins.image_token_range import image_token_range
 
 from .comparison import (
     ADAPTIVE,
@@ -70,7 +71,7 @@ BYTES_PER_THREAD = 40_000_000
 def run(model: str, output: Path, repeats: int, threads: int) -> int:
     """Everything `vllm-spec demo` does. Returns the exit code."""
     console = Console()
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         try:
             _run(console, model, output, repeats, threads)
         except (SpecPluginsError, ServerError) as error:
@@ -83,7 +84,7 @@ def run(model: str, output: Path, repeats: int, threads: int) -> int:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM unwinds the stack like Ctrl-C: the servers are stopped on the way."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -98,8 +99,12 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _run(console: Console, model: str, output: Path, repeats: int, threads: int) -> None:
     start = time.monotonic()
-    pictures = _pictures()
+    pictures = pictures_module()
     folder, dtype = model_to_serve(model, threads or None)
+    if image_model(folder):
+        raise ConfigError(
+            f'"{model}" writes images, not text: `vllm-spec demo visual` shows those of the zoo.'
+        )
     model = Path(model).name
     threads = threads or threads_for(folder)
     output.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
     console.print(f"{files}  ({time.monotonic() - start:.0f} s in all)", highlight=False)
 
 
-def _pictures() -> Any:
+def pictures_module() -> Any:
     """The module that draws, or one error before anything is started."""
     try:
         from . import pictures
@@ -181,6 +186,11 @@ def model_to_serve(model: str, threads: int | None) -> tuple[Path, str]:
         f'"{model}" is neither a model of the zoo nor a folder with a config.json.'
         f"{did_you_mean(model, zoo.RECIPES)} Of the zoo: {listed(zoo.RECIPES)}."
     )
+
+
+def image_model(folder: Path) -> bool:
+    """Whether a model's config says that it writes images."""
+    return image_token_range(json.loads((folder / "config.json").read_text())) is not None
 
 
 def threads_for(folder: Path) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import calibrate
+from . import calibrate, demo
 
 app = typer.Typer(
     name="vllm-spec",
@@ -18,6 +17,7 @@ app = typer.Typer(
 )
 
 app.add_typer(calibrate.app)
+app.add_typer(demo.app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -59,23 +59,3 @@ def serve(context: typer.Context) -> None:
     from . import serving
 
     raise typer.Exit(serving.run(context.args))
-
-
-@app.command()
-def demo(
-    model: Annotated[
-        str,
-        typer.Option(help="A model of the zoo (nano, small), or the folder of a Hugging Face one."),
-    ] = "nano",
-    output: Annotated[
-        Path, typer.Option(help="Folder for the pictures, the rows and the servers' logs.")
-    ] = Path("demo_output"),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes over the prompts.")] = 3,
-    threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads of each model; 0 = by its size.")
-    ] = 0,
-) -> None:
-    """Plain decoding, vLLM's ngram and ngram_adaptive, each on a real server, side by side."""
-    from . import demonstration
-
-    raise typer.Exit(demonstration.run(model, output, repeats, threads))

@@ -40,6 +40,7 @@ __all__ = [
     "card",
     "describe",
     "ensure",
+    "images",
     "recipe",
 ]
 
@@ -60,6 +61,24 @@ def ensure(name: str, threads: int | None = None) -> Path:
     from .build import build
 
     return build(recipe(name), threads)
+
+
+def images(name: str) -> Path:
+    """The folder of codebook and classifier of an image model, built first if need be.
+
+    Read it with `image_folder.read_images`; `codebook.safetensors` in it is what
+    `vllm-spec calibrate codebook` takes.
+
+    Raises:
+        SpecPluginsError: No such model, or none of images.
+    """
+    chosen = recipe(name)
+    if not isinstance(chosen, VisualRecipe):
+        known = (n for n, r in RECIPES.items() if isinstance(r, VisualRecipe))
+        raise SpecPluginsError(f'"{name}" is no image model of the zoo. Those are: {listed(known)}')
+    from .build import build_images
+
+    return build_images(chosen, None)
 
 
 def recipe(name: str) -> Recipe:

@@ -154,7 +154,7 @@ def _train_visual(
 
     from .digits import load_digits
     from .hugging_face import save_model
-    from .image_folder import CODEBOOK, read_images, save_image_tokenizer
+    from .image_folder import read_images, save_image_tokenizer
     from .image_tokens import IMAGE_TOKEN_RANGE
     from .progress import training_progress
     from .visual_training import cross_entropy, texts_of_step, train_visual
@@ -173,7 +173,6 @@ def _train_visual(
         held_out_loss = cross_entropy(trained.model, texts, torch.float32)
     save_model(trained.model, folder, {"image_token_range": list(IMAGE_TOKEN_RANGE)})
     save_image_tokenizer(folder, recipe.architecture.max_positions)
-    shutil.copy(images_folder / CODEBOOK, folder)
     card = {
         "name": recipe.name,
         "recipe": dataclasses.asdict(recipe),

@@ -16,7 +16,8 @@ from .image_tokens import PADDING_ID, ImageTokens, fit, token_names
 from .progress import training_progress
 from .tokenizer import BEGIN, END, PADDING
 
-#: safetensors with the tensor `codebook`, `[512, 4]`: also beside every image model.
+#: safetensors with the tensor `codebook`, `[512, 4]`. Not beside the models: vLLM reads every
+#: safetensors file of a model's folder as its weights.
 CODEBOOK = "codebook.safetensors"
 _CLASSIFIER = "classifier.safetensors"
 _STATISTICS = "statistics.safetensors"
