@@ -8,32 +8,42 @@ the tensor's device) and its PyTorch reference, and imports without Triton.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-triton: Any
-tl: Any
-try:
-    import triton
-    import triton.language as tl
+    # Inside kernels nothing has the type that Python would give it.
+    class _Language(type):
+        def __getattr__(cls, name: str) -> Any: ...
 
+    class tl(metaclass=_Language):  # noqa: N801
+        constexpr: TypeAlias = Any
+
+    triton: Any
     HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
+else:
+    try:
+        import triton
+        import triton.language as tl
 
-    class _NoLanguage:
-        """Lets kernels be defined: annotations and constants, nothing that runs."""
+        HAS_TRITON = True
+    except ImportError:
+        HAS_TRITON = False
 
-        constexpr = staticmethod(lambda value=None: value)
+        class tl:  # noqa: N801
+            """Lets kernels be defined: annotations and constants, nothing that runs."""
 
-    class _NoTriton:
-        """Decorates kernels; they are never launched, `use_triton` sees to that."""
+            constexpr = staticmethod(lambda value=None: value)
 
-        jit = staticmethod(lambda kernel: kernel)
+        class triton:  # noqa: N801
+            """Decorates kernels; they are never launched, `use_triton` sees to that."""
 
-    triton, tl = _NoTriton(), _NoLanguage()
+            jit = staticmethod(lambda kernel: kernel)
+
+
+#: `tl.constexpr` for constants of a module.
+constant: Any = getattr(tl, "constexpr")  # noqa: B009
 
 #: Set before Triton is imported, or its own functions are not interpreted.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"

@@ -37,6 +37,8 @@ from vllm_spec_plugins.verifier import (
 )
 from vllm_spec_plugins.vocabulary_passes import row_blocks
 
+from ..triton_kernels.verify_fused import can_verify_fused, verify_fused  # noqa: TID252
+
 
 def capped_ratio(batch: VerifyInput) -> Tensor:
     """`[N]` P after each row; 0 from the first placeholder on."""
@@ -131,7 +133,14 @@ def block_accepted_law(batch: VerifyInput) -> Tensor:
 
 
 def verify_block(batch: VerifyInput) -> Verification:
-    """Verify one step by the block rule."""
+    """Verify one step by the block rule, in a kernel on a GPU."""
+    if can_verify_fused(batch):
+        return verify_fused(batch, "block")
+    return verify_block_reference(batch)
+
+
+def verify_block_reference(batch: VerifyInput) -> Verification:
+    """The same in PyTorch, on any device."""
     if batch.all_greedy:
         accepted = leading_run(batch, greedy_matches(batch))
         return assemble(batch, accepted, draw_next(batch, accepted, residual_weights))
