@@ -23,6 +23,8 @@ from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.proposer import Needs
 from vllm_spec_plugins.registry import Kind, Registry
 
+from .front_end import Source, follow
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
 
@@ -85,6 +87,8 @@ class PluginSpeculativeConfig(SpeculativeConfig):
 
     spec_plugins: dict[str, Any] = Field(default_factory=dict)
     """`PluginSettings` as plain values."""
+    spec_plugins_counters: str = ""
+    """File of the counters that workers write and the front end reads; "" = none."""
 
     @property
     def settings(self) -> PluginSettings:
@@ -94,6 +98,20 @@ class PluginSpeculativeConfig(SpeculativeConfig):
     def needs(self) -> Needs:
         """What the proposer needs; nothing when vLLM's own drafts."""
         return proposer_needs(self.settings)
+
+    @property
+    def counters(self) -> Source:
+        """Where its workers count, and under which names."""
+        settings = self.settings
+        assert self.target_parallel_config is not None
+        assert self.target_model_config is not None
+        return Source(
+            path=self.spec_plugins_counters,
+            replicas=self.target_parallel_config.data_parallel_size,
+            model=str(self.target_model_config.served_model_name),
+            proposer=settings.proposer.name if settings.proposer else str(self.method),
+            verifiers=tuple(settings.verifiers_allowed) or ("vllm",),
+        )
 
     def compute_hash(self) -> str:
         """Hidden states and layers a plugin asks for change the compiled graph."""
@@ -108,6 +126,8 @@ class PluginSpeculativeConfig(SpeculativeConfig):
 
         self.__dict__.update(state)
         install_engine_seams()
+        if self.spec_plugins_counters:
+            follow(self.counters)
 
     def __repr__(self) -> str:
         ours = self.settings

@@ -10,6 +10,7 @@ from vllm_spec_plugins.context import ModelFacts
 from vllm_spec_plugins.errors import ConfigError, UnsupportedEngineError
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.registry import Kind
+from vllm_spec_plugins.shared_counters import SharedCounters
 
 from .carrier import (
     PluginSpeculativeConfig,
@@ -19,6 +20,7 @@ from .carrier import (
     registry,
 )
 from .draft_head_support import refuse_unranked, wants_draft_head
+from .front_end import follow
 from .seams import require_supported
 from .target_support import refuse_unrunnable_layers
 
@@ -91,7 +93,11 @@ def build(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
         spec_plugins=settings.model_dump(mode="json"),
+        spec_plugins_counters=SharedCounters.create(
+            target_parallel_config.data_parallel_size, max(len(settings.verifiers_allowed), 1)
+        ),
     )
+    follow(ours.counters)
     if wants_draft_head(settings):
         refuse_unranked(ours)
     return ours

@@ -134,6 +134,25 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     Seam(
+        "v1/engine/output_processor.py",
+        "RequestState._new_completion_output",
+        "patched",
+        "adds the price to a request's acceptance metrics",
+    ),
+    Seam(
+        "v1/metrics/stats.py",
+        "RequestSpecDecodeMetrics",
+        "read",
+        "acceptance metrics of a request; ours derive from them",
+        ("num_draft_tokens", "to_dict"),
+    ),
+    Seam(
+        "entrypoints/generate/base/serving.py",
+        "build_spec_decoding_metrics",
+        "read",
+        "puts them into the HTTP answer",
+    ),
+    Seam(
         "v1/worker/worker_base.py",
         "WorkerWrapperBase.init_device",
         "patched",
@@ -154,6 +173,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(_RUNNER, "GPUModelRunner._update_states", "replaced", "request events"),
     Seam(_RUNNER, "GPUModelRunner.sample_tokens", "replaced", "hidden states, step records"),
     Seam(_RUNNER, "GPUModelRunner.propose_draft_token_ids", "replaced", "drafting"),
+    Seam(_RUNNER, "GPUModelRunner._dummy_run", "read", "passes are timed before serving"),
     Seam(
         _RUNNER,
         "GPUModelRunner",

@@ -28,6 +28,7 @@ from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.verifier import TokenHistory, Verification, Verifier
 
 from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
+from .front_end import counters_writer
 from .ranked_drafter import RankedDrafter
 from .requests import RequestBatch, RequestStates
 from .target import Target
@@ -98,6 +99,8 @@ class V1Adapter:
         self._observers = plugin_manager()
         self._observers.register(self.metrics, "metrics")
         self._is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
+        if self._is_first_rank and (writer := counters_writer(spec, vllm_config)) is not None:
+            self._observers.register(writer, "counters")
 
         self.proposer: Proposer | None = None
         self.target: Target | None = None
