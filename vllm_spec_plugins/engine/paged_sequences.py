@@ -6,6 +6,7 @@ host's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,13 +70,25 @@ class Sequences:
         return Sequences(pages, self._vllm_config, self._longest)
 
     def prepare(self, positions: Tensor, count: int) -> list[Tensor]:
-        at = [positions + index for index in range(count)]
         # Metadata of GPU backends share buffers: only the last built would be right.
-        if self._device.type == "cpu":
-            for each in at:
-                with self._build(each, None):
-                    self._prepared[id(each)] = each, get_forward_context()
-        return at
+        if self._device.type != "cpu":
+            return [positions + index for index in range(count)]
+        # Small operations take longer than what they compute: one for all steps.
+        at = positions + torch.arange(count).unsqueeze(1)  # [count, R]
+        seq_lens = at.to(torch.int32) + 1
+        slots = [_slots(pages, at, None) for pages in self._pages]
+        steps = list(at.unbind())
+        by_layer = []
+        for index, step in enumerate(steps):
+            batch = _Batch(self._starts, self._starts_on_host, 1, seq_lens[index], seq_lens[index])
+            by_layer.append(self._by_layer(batch, step, [slot[index] for slot in slots]))
+        with self._context(by_layer[0], self._num_requests):
+            context = get_forward_context()
+        for step, (metadata, slot_of) in zip(steps, by_layer, strict=True):
+            own = copy.copy(context)
+            own.attn_metadata, own.slot_mapping = metadata, slot_of
+            self._prepared[id(step)] = step, own
+        return steps
 
     def step(
         self, positions: Tensor, query_lengths: Sequence[int] | None = None
@@ -83,12 +96,6 @@ class Sequences:
         prepared = self._prepared.get(id(positions))
         if query_lengths is None and prepared is not None:
             return override_forward_context(prepared[1])
-        return self._build(positions, query_lengths)
-
-    def _build(
-        self, positions: Tensor, query_lengths: Sequence[int] | None
-    ) -> AbstractContextManager[None]:
-        """vLLM's forward context for a pass over these tokens."""
         starts, starts_on_host, most, owner = self._starts, self._starts_on_host, 1, None
         last = positions
         if query_lengths is not None:
@@ -101,30 +108,62 @@ class Sequences:
         bound = seq_lens
         if self._device.type != "cpu":  # known without asking the device
             bound = torch.full((self._num_requests,), self._longest, dtype=torch.int32)
+        batch = _Batch(starts, starts_on_host, most, seq_lens, bound)
+        slots = [_slots(pages, positions, owner) for pages in self._pages]
+        return self._context(self._by_layer(batch, positions, slots), len(positions))
+
+    def _by_layer(
+        self, batch: _Batch, positions: Tensor, slots: Sequence[Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attention metadata and slots of a pass over `[T]` tokens, by name of the layer."""
         metadata: dict[str, Any] = {}
-        slots: dict[str, Tensor] = {}
-        for pages in self._pages:
-            slot = _slots(pages, positions, owner)
+        slot_of: dict[str, Tensor] = {}
+        for pages, slot in zip(self._pages, slots, strict=True):
             common = CommonAttentionMetadata(
-                query_start_loc=starts,
-                query_start_loc_cpu=starts_on_host,
-                seq_lens=seq_lens,
+                query_start_loc=batch.starts,
+                query_start_loc_cpu=batch.starts_on_host,
+                seq_lens=batch.seq_lens,
                 num_reqs=self._num_requests,
                 num_actual_tokens=len(positions),
-                max_query_len=most,
+                max_query_len=batch.longest_query,
                 max_seq_len=self._longest,
                 block_table_tensor=pages.block_table,
                 slot_mapping=slot,
                 causal=True,
                 positions=positions,
-                seq_lens_cpu_upper_bound=bound,
+                seq_lens_cpu_upper_bound=batch.seq_lens_bound,
             )
             built = pages.group.build_metadata(common)
             metadata.update(dict.fromkeys(pages.group.layer_names, built))
-            slots.update(dict.fromkeys(pages.group.layer_names, slot))
+            slot_of.update(dict.fromkeys(pages.group.layer_names, slot))
+        return metadata, slot_of
+
+    def _context(
+        self, by_layer: tuple[dict[str, Any], dict[str, Tensor]], num_tokens: int
+    ) -> AbstractContextManager[None]:
+        """vLLM's forward context for a pass."""
+        metadata, slots = by_layer
         return set_forward_context(
-            metadata, self._vllm_config, num_tokens=len(positions), slot_mapping=slots
+            metadata, self._vllm_config, num_tokens=num_tokens, slot_mapping=slots
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What attention asks of a pass.
+
+    Attributes:
+        starts: `[R + 1]` int32, where each request's tokens start; and the same on the host.
+        longest_query: Most tokens of a request.
+        seq_lens: `[R]` int32, tokens of each, those of the pass included.
+        seq_lens_bound: `[R]` int32 on the host, not less.
+    """
+
+    starts: Tensor
+    starts_on_host: Tensor
+    longest_query: int
+    seq_lens: Tensor
+    seq_lens_bound: Tensor
 
 
 @cache
@@ -134,9 +173,13 @@ def _counted(count: int, device: torch.device) -> Tensor:
 
 
 def _slots(pages: Pages, positions: Tensor, owner: Tensor | None) -> Tensor:
-    """`[T]` int64 key/value slot of each token; `owner` `[T]` its request, None = one each."""
+    """Key/value slot of each position, int64.
+
+    `owner` `[T]` is the request of each, for positions `[T]`. None = one each, for positions
+    `[R]` or, of several steps, `[steps, R]`.
+    """
     if owner is None:
-        owner = _counted(len(positions), positions.device)
+        owner = _counted(positions.shape[-1], positions.device)
     size = pages.block_size
     if positions.device.type == "cpu":  # where numpy's small operations cost a third of torch's
         where = positions.numpy()

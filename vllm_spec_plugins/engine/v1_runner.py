@@ -7,7 +7,6 @@ load. It replaces what the runner looks up on itself: `drafter`, `propose_draft_
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,13 @@ from vllm_spec_plugins.length_control import Fixed, LengthController, RequestKey
 from vllm_spec_plugins.metrics import Metrics
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, StepStates
 from vllm_spec_plugins.registry import Kind
+from vllm_spec_plugins.step_clock import StepClock
+from vllm_spec_plugins.step_cost import StepTime
 from vllm_spec_plugins.verifier import TokenHistory, Verification, Verifier
 
 from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
 from .front_end import counters_writer
+from .pass_times import pass_times
 from .ranked_drafter import RankedDrafter
 from .requests import RequestBatch, RequestStates
 from .target import Target
@@ -112,9 +114,7 @@ class V1Adapter:
         self._row_in_draft: dict[str, int] = {}
         self._verification: Verification | None = None
         self._state: Any = None
-        self._step_started = 0.0
-        #: Seconds of drafting for the next step, and for the step at hand.
-        self._drafting, self._drafted_for = 0.0, 0.0
+        self._clock = StepClock()
 
         self._propose_by_vllm: Callable[..., Any] = runner.propose_draft_token_ids
         self._sample_tokens_by_vllm: Callable[..., Any] = runner.sample_tokens
@@ -170,6 +170,7 @@ class V1Adapter:
             if self.target is not None and Needs.TARGET_LAYERS in self._needs:
                 self.target.check()
             self.proposer.warm_up()
+        self.time_passes(self.length_control)
         if self._is_first_rank:
             tell(
                 self._observers,
@@ -179,11 +180,17 @@ class V1Adapter:
                 verifier=next(iter(self.verifiers), "vllm"),
             )
 
+    def time_passes(self, control: LengthController) -> None:
+        """Tell a length controller that wants it what passes of the target take."""
+        if type(control).set_pass_times is not LengthController.set_pass_times:
+            most = self.context.max_num_requests * (1 + self.context.facts.num_speculative_tokens)
+            control.set_pass_times(*pass_times(self.runner, most))
+
     # Request events.
 
     def update_states(self, scheduler_output: Any) -> Any:
         """Wraps `GPUModelRunner._update_states`, which every step passes, drafting or not."""
-        self._step_started = time.perf_counter()
+        self._clock.begin_step()
         gone = list(scheduler_output.finished_req_ids)
         if gone:
             self._forget(gone)
@@ -309,27 +316,28 @@ class V1Adapter:
             output = self._sample_tokens_by_vllm(grammar_output)
         finally:
             self._state = None
-        if state is not None and state.spec_decode_metadata is not None:
+        if state is not None:
             self._finish_step(state, output)
         self._verification = None
-        self._drafting, self._drafted_for = 0.0, self._drafting
+        self._clock.end_step()
         return output
 
     def _finish_step(self, state: Any, output: Any) -> None:
-        scheduled = state.scheduler_output
-        num_draft = state.spec_decode_metadata.num_draft_tokens
-        if self.proposer is None:
+        scheduled, metadata = state.scheduler_output, state.spec_decode_metadata
+        num_tokens = scheduled.total_num_scheduled_tokens
+        # Without any draft there is no metadata.
+        num_draft = (
+            metadata.num_draft_tokens if metadata else [0] * self.runner.input_batch.num_reqs
+        )
+        if self.proposer is None and metadata:
             # vLLM's own methods may draft before the step's tokens are known to the host, or
             # not be asked at all.
             self._record(output.sampled_token_ids, num_draft)
-        if self._has_length_control and scheduled.total_num_scheduled_tokens == sum(
-            num_draft
-        ) + len(num_draft):  # a prompt in the step would tell nothing about drafts
-            # What drafting took counts with the step that verifies the drafts.
-            elapsed = time.perf_counter() - self._step_started
+        # A prompt in the step would tell nothing about drafts.
+        if self._has_length_control and num_tokens == sum(num_draft) + len(num_draft):
+            seconds, drafting = self._clock.step()
             self.length_control.observe_step_time(
-                scheduled.total_num_scheduled_tokens,
-                elapsed - self._drafting + self._drafted_for,
+                StepTime(len(num_draft), num_tokens, max(num_draft), seconds, drafting)
             )
 
     def propose_draft_token_ids(
@@ -364,12 +372,11 @@ class V1Adapter:
         # Before the next draft replaces the one that was verified.
         self._record(sampled_token_ids, num_draft)
         if aux_hidden_states and self._layers:
-            self._follow(scheduler_output, sampled_token_ids, num_draft, aux_hidden_states)
+            with self._clock.following():
+                self._follow(scheduler_output, sampled_token_ids, num_draft, aux_hidden_states)
         limit = scheduler_output.num_spec_tokens_to_schedule
-        started = time.perf_counter()
-        drafts = self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
-        self._drafting = time.perf_counter() - started
-        return drafts
+        with self._clock.drafting():
+            return self._propose(sampled_token_ids, num_draft, limit, sample_hidden_states)
 
     def _limit_vllm_drafts(self, drafts: Any) -> Any:
         """Per-request choices on drafts of vLLM's own methods, decided before they were drawn."""
