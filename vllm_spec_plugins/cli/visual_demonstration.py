@@ -28,6 +28,14 @@ TARGET, DRAFT = "digits", "digits-draft"
 
 #: Requests in a step, at most.
 _BATCH = 64
+#: vLLM's, where the user's own environment does not say otherwise.
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Engines follow each other in this process: starting processes takes longer than the images.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 #: Rows of ten digits in the picture, for each way.
 _ROWS = 4
 
@@ -119,9 +127,6 @@ def _run(console: Console, output: Path, images: int, num_draft: int) -> None:
 
     from . import calibrate_codebook, visual_pictures
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     folder = zoo.images(TARGET)
     digit_images = read_images(folder)
     for name in (TARGET, DRAFT):
@@ -179,6 +184,8 @@ def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
         num_draft: Tokens of a draft.
         seed: Of the engine.
     """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import torch
     from vllm import LLM, SamplingParams
 
