@@ -360,15 +360,25 @@ def test_a_fine_tuned_last_layer_is_another_model(
         Judge.check(options, facts_of(model))
 
 
-def test_a_model_whose_weights_cannot_be_read_is_refused_at_load(
-    write_head: Callable[..., str],
+def test_a_model_yet_to_be_downloaded_is_compared_when_it_is_there(
+    model: Path, write_head: Callable[..., str], monkeypatch: Any, caplog: Any
 ) -> None:
-    """Not before: a model that is yet to be downloaded has none either."""
+    """Before the first step; where its weights cannot be read even then, the log says so."""
     options = JudgeOptions(head=write_head())
     facts = facts_of(Path("nobody/has-this-model"))
     Judge.check(options, facts)
-    with pytest.raises(SpecPluginsError, match="cannot be compared"):
-        Judge(options, EngineContext(facts, torch.device("cpu"), 4, seed=0))
+    judge = Judge(options, EngineContext(facts, torch.device("cpu"), 4, seed=0))
+    batch, _, _ = enumerated_input([random_problem(0, num_draft=1, order=1)])
+    with caplog.at_level("WARNING"):
+        judge.judged(batch)
+        judge.judged(batch)
+    [record] = caplog.records
+    assert "cannot be told" in record.message
+    late = Judge(options, EngineContext(facts, torch.device("cpu"), 4, seed=0))
+    write_weights(model, seed=1)
+    monkeypatch.setattr("vllm_spec_plugins.verifiers.judge._folder_of", lambda _: model)
+    with pytest.raises(SpecPluginsError, match="another model"):
+        late.judged(batch)
 
 
 def test_sharded_models_are_recognised(model: Path, write_head: Callable[..., str]) -> None:

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError, did_you_mean
+from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.judge_head import JudgeCard, JudgeHead
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.token_spans import TokenSpans
@@ -60,12 +61,7 @@ class Judge(RelaxedRule):
     def __init__(self, options: JudgeOptions, context: EngineContext) -> None:
         super().__init__(options, context)
         self._head = head = JudgeHead.read(options.head, context.device)
-        if not recognise(head, options.head, context.facts):
-            raise ConfigError(
-                f"judge: the weights of {context.facts.model} cannot be compared with those "
-                f'{options.head} was trained for ("{head.card.model}"): they are not in '
-                "safetensors files on this machine. Serve a local copy that has them."
-            )
+        self._recognised = recognise(head, options.head, context.facts)
         threshold = head.card.threshold if options.threshold is None else options.threshold
         # In log odds, where 0 and 1 are exactly "every" and "none".
         self._least_log_odds = _log_odds(threshold)
@@ -86,6 +82,8 @@ class Judge(RelaxedRule):
 
     def judged(self, batch: VerifyInput) -> Tensor:
         """`[N]` bool, draft tokens the head lets stand."""
+        if not self._recognised:
+            self._recognise_late()
         ids = batch.draft_token_ids
         if batch.hidden_states is None:  # warm-up
             return torch.zeros_like(ids, dtype=torch.bool)
@@ -107,6 +105,22 @@ class Judge(RelaxedRule):
     def finish(self, request_ids: Sequence[str]) -> None:
         super().finish(request_ids)
         self._tool_calls.finish(request_ids)
+
+    def _recognise_late(self) -> None:
+        """Once the weights are there: those of a model on the Hub come after the verifier.
+
+        Raises:
+            SpecPluginsError: They are another model's.
+        """
+        self._recognised = True
+        if not recognise(self._head, self.options.head, self.context.facts):
+            logger.warning(
+                'judge: whether %s has the weights of "%s", which %s was trained for, cannot be '
+                "told: they are not in safetensors files on this machine",
+                self.context.facts.model,
+                self._head.card.model,
+                self.options.head,
+            )
 
 
 def recognise(head: JudgeHead, path: str, facts: ModelFacts) -> bool:
