@@ -126,6 +126,16 @@ def test_texts_are_plain_decodings(server: Server, plain_texts: list[str]) -> No
     assert drafted > accepted > 10
 
 
+def test_our_counters_come_from_the_engines_process(server: Server) -> None:
+    """The worker counts, this server tells; vLLM's scheduler counted the same drafts."""
+    complete(server, PROMPTS[2])
+    found = server.counters()
+    drafted, accepted = draft_tokens(server)
+    assert found["vllm_spec_plugins:draft_tokens_total"] == drafted > 0
+    assert found["vllm_spec_plugins:accepted_tokens_total"] == accepted > 0
+    assert found["vllm_spec_plugins:total_variation_total"] == 0  # lossless
+
+
 def test_a_streamed_text_is_the_same(server: Server, plain_texts: list[str]) -> None:
     pieces = list(stream(server, PROMPTS[2]))
     assert "".join(pieces) == plain_texts[2]
