@@ -4,7 +4,8 @@ After a change of a kernel, look at the differences these tests print, and if th
 write the table anew: `UPDATE_FOOTPRINTS=1 pytest tests/kernels/test_offline_compile.py`.
 
 A kernel joins with a file in `shipped/`: `launches()` yields pairs of a name and a function
-that makes the launches on meta tensors. Numbers are those of one Triton version; under another
+that makes the launches on meta tensors, and third, where a launch is not for all architectures,
+those it is for. Numbers are those of one Triton version; under another
 only what must always hold is tested: no spills, shared memory that fits, wide loads where the
 table has them.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,21 +41,27 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def shipped() -> Iterator[tuple[str, Launch]]:
-    """Every launch of every file in `shipped/`, named `file.configuration.kernel`."""
+def shipped() -> Iterator[tuple[str, tuple[Launch, tuple[str, ...]]]]:
+    """Every launch of every file in `shipped/`, named `file.configuration.kernel`, and where."""
     for file in sorted((HERE / "shipped").glob("*.py")):
         spec = importlib.util.spec_from_file_location(f"shipped_{file.stem}", file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        launches: Callable[[], Iterator[tuple[str, Callable[[], object]]]] = module.launches
-        for configuration, run in launches():
+        for configuration, run, *where in module.launches():
+            architectures = where[0] if where else tuple(TARGETS)
             for launch in record_launches(run):
-                yield f"{file.stem}.{configuration}.{launch.name}", launch
+                yield f"{file.stem}.{configuration}.{launch.name}", (launch, architectures)
 
 
-SHIPPED = dict(shipped())
+SHIPPED: dict[str, Launch] = {}
+NAMES = []
+for _name, _launch, _is_slow in shipped():
+    # Configurations often share a launch: it is compiled under its first name.
+    if _launch not in SHIPPED.values():
+        SHIPPED[_name] = _launch
+        NAMES.append(pytest.param(_name, marks=[pytest.mark.slow] if _is_slow else []))
 
 
 def read_table() -> dict:
@@ -80,9 +87,10 @@ def differences(old: dict, new: dict[str, Footprint]) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_footprint(name: str) -> None:
-    found = {architecture: footprint(SHIPPED[name], architecture) for architecture in TARGETS}
+    launch, architectures = SHIPPED[name]
+    found = {architecture: footprint(launch, architecture) for architecture in architectures}
     for architecture, one in found.items():
         assert one.spills == 0, f"{name} on {architecture}: {one}"
         assert one.shared_bytes <= SHARED_LIMIT[architecture], f"{name} on {architecture}: {one}"
