@@ -210,11 +210,17 @@ def verify_fused_reference(
     judge: Judge | None = None,
 ) -> Verification:
     """The same in PyTorch, on any device: the verifiers' own path. See `verify_fused`."""
+    if batch.target_logits.dtype in (torch.bfloat16, torch.float16):
+        batch = replace(
+            batch,
+            target_logits=batch.target_logits.float(),
+            bonus_logits=batch.bonus_logits.float(),
+        )
     if raw:
         scale = torch.where(batch.greedy, 1, 1 / batch.temperatures).to(batch.target_logits.dtype)
         scale = scale.unsqueeze(1)
         if draft_logits is not None:
-            values = draft_logits.values * scale[batch.request_of].to(draft_logits.values.dtype)
+            values = draft_logits.values.to(scale.dtype) * scale[batch.request_of]
             draft_logits = replace(draft_logits, values=values)
         batch = replace(
             batch,

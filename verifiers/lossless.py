@@ -24,6 +24,7 @@ from vllm_spec_plugins.verifier import (
     token_acceptance,
 )
 
+from ..triton_kernels.verify_fused import can_verify_fused, verify_fused  # noqa: TID252
 from .block_verification import block_accepted_law, block_residual, capped_ratio, verify_block
 
 
@@ -48,6 +49,8 @@ class Lossless(AcceptanceRule):
     def verify(self, batch: VerifyInput) -> Verification:
         if self.options.rule == "block":
             return verify_block(batch)
+        if can_verify_fused(batch):
+            return verify_fused(batch)
         return super().verify(batch)
 
     def accepted_law(self, batch: VerifyInput) -> Tensor:

@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -41,27 +42,33 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def shipped() -> Iterator[tuple[str, tuple[Launch, tuple[str, ...]]]]:
-    """Every launch of every file in `shipped/`, named `file.configuration.kernel`, and where."""
+class Shipped(NamedTuple):
+    launch: Launch
+    architectures: tuple[str, ...]
+    is_slow: bool
+
+
+def shipped() -> Iterator[tuple[str, Shipped]]:
+    """Every launch of every file in `shipped/`, named `file.configuration.kernel`."""
     for file in sorted((HERE / "shipped").glob("*.py")):
         spec = importlib.util.spec_from_file_location(f"shipped_{file.stem}", file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        seen: list[Launch] = []
         for configuration, run, *where in module.launches():
             architectures = where[0] if where else tuple(TARGETS)
+            is_slow = configuration in getattr(module, "SLOW", ())
             for launch in record_launches(run):
-                yield f"{file.stem}.{configuration}.{launch.name}", (launch, architectures)
+                # Configurations often share a launch: it is compiled under its first name.
+                if launch not in seen:
+                    seen.append(launch)
+                    name = f"{file.stem}.{configuration}.{launch.name}"
+                    yield name, Shipped(launch, architectures, is_slow)
 
 
-SHIPPED: dict[str, Launch] = {}
-NAMES = []
-for _name, _launch, _is_slow in shipped():
-    # Configurations often share a launch: it is compiled under its first name.
-    if _launch not in SHIPPED.values():
-        SHIPPED[_name] = _launch
-        NAMES.append(pytest.param(_name, marks=[pytest.mark.slow] if _is_slow else []))
+SHIPPED = dict(shipped())
 
 
 def read_table() -> dict:
@@ -87,9 +94,12 @@ def differences(old: dict, new: dict[str, Footprint]) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if s.is_slow else []) for n, s in SHIPPED.items()],
+)
 def test_footprint(name: str) -> None:
-    launch, architectures = SHIPPED[name]
+    launch, architectures, _ = SHIPPED[name]
     found = {architecture: footprint(launch, architecture) for architecture in architectures}
     for architecture, one in found.items():
         assert one.spills == 0, f"{name} on {architecture}: {one}"
