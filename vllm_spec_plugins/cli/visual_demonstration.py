@@ -209,6 +209,7 @@ def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
         max_num_seqs=_BATCH,
         enforce_eager=True,
         enable_prefix_caching=False,
+        use_tqdm_on_load=False,
         disable_log_stats=True,
         seed=seed,
         speculative_config=speculative,
