@@ -312,6 +312,13 @@ def test_spans_follow_a_text_and_forget_it() -> None:
     assert not TokenSpans(12, [])
 
 
+def test_spans_of_a_step_without_drafts() -> None:
+    """Such as the one that reads a prompt."""
+    spans = TokenSpans(12, [[OPEN, CLOSE]])
+    assert spans.inside(drafted([[1, OPEN]], [[]])).shape == (0,)
+    assert spans.inside(drafted([[1, OPEN]], [[3]])).all()
+
+
 def test_tool_calls_stay_exact(build: Callable[..., Judge]) -> None:
     judge = build({"tool_calls": [[0, 3]], "weight": (9.0,) * V})
     batch = drafted([[0, 1], [0, 3]], [[1, 2], [1, 2]])

@@ -27,14 +27,17 @@ class TokenSpans:
     """
 
     def __init__(self, vocab_size: int, marks: Iterable[Sequence[int]]) -> None:
-        self._kind = torch.zeros(vocab_size, dtype=torch.int8)
+        #: `[V]`, on the host and, once seen, on the target's device.
+        self._kind_of = np.zeros(vocab_size, dtype=np.int8)
         for opening, *closing in marks:
-            self._kind[opening], self._kind[closing] = _OPENS, _CLOSES
+            self._kind_of[opening], self._kind_of[closing] = _OPENS, _CLOSES
+        self._kind = torch.from_numpy(self._kind_of)
+        self._any = bool(self._kind_of.any())
         #: Of each request: tokens read, whether a span is open after them.
         self._read = RequestTable((0.0, 0.0), capacity=16)
 
     def __bool__(self) -> bool:
-        return bool(self._kind.any())
+        return self._any
 
     def inside(self, batch: VerifyInput) -> Tensor:
         """`[N]` bool, draft tokens inside a span; the token that opens one is not."""
@@ -57,7 +60,7 @@ class TokenSpans:
 
     def _open_before(self, batch: VerifyInput) -> Tensor:
         """`[R]` bool, whether a span is open where each draft begins."""
-        history, kind = batch.history, self._kind.cpu().numpy()
+        history = batch.history
         if history is None:
             return torch.zeros_like(batch.num_draft, dtype=torch.bool)
         table = self._read.rows(batch.request_ids)
@@ -66,7 +69,7 @@ class TokenSpans:
         ):
             start = int(self._read.values[row, 0])
             if end > start:
-                kinds = kind[history.token_ids[place, start:end]]
+                kinds = self._kind_of[history.token_ids[place, start:end]]
                 marks = np.flatnonzero(kinds)
                 if len(marks):
                     self._read.values[row, 1] = kinds[marks[-1]] == _OPENS
