@@ -56,14 +56,14 @@ def shipped() -> Iterator[tuple[str, Shipped]]:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        seen: list[Launch] = []
+        seen: list[tuple[Launch, tuple[str, ...]]] = []
         for configuration, run, *where in module.launches():
             architectures = where[0] if where else tuple(TARGETS)
             is_slow = configuration in getattr(module, "SLOW", ())
             for launch in record_launches(run):
                 # Configurations often share a launch: it is compiled under its first name.
-                if launch not in seen:
-                    seen.append(launch)
+                if (launch, architectures) not in seen:
+                    seen.append((launch, architectures))
                     name = f"{file.stem}.{configuration}.{launch.name}"
                     yield name, Shipped(launch, architectures, is_slow)
 

@@ -53,23 +53,28 @@ def with_small_tiles(run: Callable[[], None]) -> None:
         run()
 
 
+FP8 = torch.float8_e4m3fn
+CONFIGURATIONS: dict[str, Callable[[], None]] = {
+    "head128_64_nodes": lambda: attend(128),
+    "head256_softcap_window": lambda: attend(256, group=2, softcap=50.0, sliding_window=4096),
+    "head128_8_nodes_split": lambda: attend(128, num_nodes=8, num_splits=8),
+    "head128_4_nodes_no_group": lambda: attend(128, num_nodes=4, group=1),
+    "head128_blocks_of_64": lambda: attend(128, block_size=64),
+    "head128_fp32": lambda: attend(128, dtype=torch.float32),
+    "head128_fp8_e5m2": lambda: attend(128, cache_dtype=torch.float8_e5m2),
+    "head64": lambda: attend(64),
+    "head256_split": lambda: attend(256, num_nodes=16, group=2, num_splits=32),
+}
+SLOW = {
+    f"{name}.{tiles}"
+    for name in list(CONFIGURATIONS)[2:]
+    for tiles in ("large_tiles", "small_tiles")
+}
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object], tuple[str, ...]]]:
     """Every configuration at the tiles of Hopper and later, and at those of the others."""
-    fp8 = torch.float8_e4m3fn
-    configurations: dict[str, Callable[[], None]] = {
-        "head128_64_nodes": lambda: attend(128),
-        "head128_8_nodes_split": lambda: attend(128, num_nodes=8, num_splits=8),
-        "head128_4_nodes_no_group": lambda: attend(128, num_nodes=4, group=1),
-        "head128_blocks_of_64": lambda: attend(128, block_size=64),
-        "head128_blocks_of_528": lambda: attend(128, block_size=528),
-        "head128_fp32": lambda: attend(128, dtype=torch.float32),
-        "head128_fp8_e5m2": lambda: attend(128, cache_dtype=torch.float8_e5m2),
-        "head64": lambda: attend(64),
-        "head96": lambda: attend(96),
-        "head256_softcap_window": lambda: attend(256, group=2, softcap=50.0, sliding_window=4096),
-        "head256_split": lambda: attend(256, num_nodes=16, group=2, num_splits=32),
-    }
-    for name, run in configurations.items():
+    for name, run in CONFIGURATIONS.items():
         yield f"{name}.large_tiles", run, LARGE
         yield f"{name}.small_tiles", partial(with_small_tiles, run), SMALL
-    yield "head128_fp8_e4m3.large_tiles", lambda: attend(128, cache_dtype=fp8), LARGE
+    yield "head128_fp8_e4m3.large_tiles", lambda: attend(128, cache_dtype=FP8), LARGE
