@@ -50,9 +50,12 @@ from vllm_spec_plugins.verifier import (
     exact_acceptance,
     residual_weights,
     token_acceptance,
-    token_acceptance_over_vocabulary,
 )
-from vllm_spec_plugins.vocabulary_passes import entropy
+from vllm_spec_plugins.vocabulary_passes import (
+    largest,
+    probability_and_entropy,
+    probability_of,
+)
 
 CONTEXT = toy_context()
 LOSSLESS = Lossless(LosslessOptions(rule="token"), CONTEXT)
@@ -298,30 +301,41 @@ def test_a_limit_is_a_distance(limit: Any) -> None:
         RelaxedOptions(max_total_variation=limit)
 
 
-def test_exact_acceptance_over_the_vocabulary() -> None:
-    problem = random_problem(2, num_draft=2, order=2)
-    compact = torch.tensor([0, 2])
-    for case, vocabulary in ((problem, None), (one_hot(problem), None), (problem, compact)):
-        batch, _, _ = enumerated_input([case], vocabulary)
-        rows = torch.arange(len(batch.draft_token_ids))
-        everywhere = token_acceptance_over_vocabulary(batch, rows)
-        own = everywhere.gather(1, batch.draft_token_ids.unsqueeze(1)).squeeze(1)
-        inside = batch.draft_law_of_token > 0
-        torch.testing.assert_close(own[inside], token_acceptance(batch)[inside])
-        assert bool((everywhere <= 1).all())
-
-
 # What each accepts.
 
 
-def test_entropy_of_rows() -> None:
+def test_probability_and_entropy_of_rows() -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 4
     logits[1, 5:] = -torch.inf
     logits[2, 1:] = -torch.inf
-    rows = torch.tensor([2, 0, 1, 4])
-    expected = torch.distributions.Categorical(logits=logits[rows].double()).entropy()
-    torch.testing.assert_close(entropy(logits, rows).double(), expected, atol=1e-5, rtol=0)
-    assert entropy(logits, rows[:0]).shape == (0,)
+    token_ids = torch.tensor([7, 2, 0, 299, 5])
+    p, entropy = probability_and_entropy(logits, token_ids)
+    law = torch.distributions.Categorical(logits=logits.double())
+    torch.testing.assert_close(entropy.double(), law.entropy(), atol=1e-5, rtol=0)
+    assert torch.equal(p, probability_of(logits, token_ids))
+    assert [len(part) for part in probability_and_entropy(logits[:0], token_ids[:0])] == [0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_largest_logits(count: int) -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    logits[0, 2:] = -torch.inf
+    before = logits.clone()
+    assert torch.equal(largest(logits, count), logits.topk(count, dim=1).values)
+    assert torch.equal(logits, before)
+
+
+def test_the_normaliser_from_what_is_known() -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    logits[1, 3] = -torch.inf
+    logits[2, 3] = -200.0
+    rows = torch.tensor([5, 1, 2])
+    for known in ("", "draft_token_probability", "target_log_normaliser", "target_entropy"):
+        batch = step(logits, [3, 3, 3, 3, 3, -1], [6])
+        if known:
+            getattr(batch, known)
+        found = batch.target_log_normaliser_at(rows)
+        torch.testing.assert_close(found, logits[rows].logsumexp(dim=1))
 
 
 def test_typical_is_its_formula() -> None:

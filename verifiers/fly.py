@@ -34,6 +34,7 @@ from vllm_spec_plugins.verifier import (
     exact_acceptance,
     leading_run,
 )
+from vllm_spec_plugins.vocabulary_passes import largest
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import ModelFacts
@@ -129,8 +130,8 @@ class Fly(RelaxedRule):
             among &= ~exact[batch.request_of]
         rows = among.nonzero().squeeze(1)
         logits = batch.target_logits.index_select(0, rows)
-        best = logits.topk(min(self.options.entropy_top_k, logits.shape[1]), dim=1).values
-        p = (best - torch.logsumexp(logits, dim=-1, keepdim=True)).exp()
+        best = largest(logits, min(self.options.entropy_top_k, logits.shape[1]))
+        p = (best - batch.target_log_normaliser_at(rows).unsqueeze(1)).exp()
         undecided = torch.special.entr(p).sum(dim=1) >= self.options.entropy_threshold
         return among.index_copy(0, rows, undecided)
 

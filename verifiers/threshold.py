@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -37,17 +36,20 @@ class Threshold(RelaxedRule):
     Options = ThresholdOptions
     options: ThresholdOptions
 
-    @property
-    def _least(self) -> float:
-        return math.exp(self.options.min_log_probability)
-
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         p = batch.draft_token_probability
-        return (p >= self._least).to(p.dtype)
+        return (p >= math.exp(self.options.min_log_probability)).to(p.dtype)
 
     def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        p = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
-        return (p >= self._least).to(p.dtype)
+        logits = batch.target_logits.index_select(0, rows)
+        bar = batch.target_log_normaliser_at(rows) + self.options.min_log_probability
+        return (logits >= bar.unsqueeze(1)).to(logits.dtype)
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        return batch.draft_token_probability[rows] >= self._least
+        logits, least = batch.target_logits, self.options.min_log_probability
+        own = logits[rows, batch.draft_token_ids[rows]]
+        # The best token alone is a lower bound of the normaliser.
+        stands = own >= logits[rows, batch.greedy_token_ids[rows]] + least
+        which = stands.nonzero().squeeze(1)
+        bar = batch.target_log_normaliser_at(rows[which]) + least
+        return stands.index_copy(0, which, own[which] >= bar)

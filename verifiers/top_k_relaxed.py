@@ -152,18 +152,19 @@ class TopKRelaxed(RelaxedRule):
 
 def among_the_best(batch: VerifyInput, rows: Tensor, k: int, delta: float) -> Tensor:
     """`[M]` bool: fewer than k tokens are likelier than x, and none by more than delta."""
-    p = batch.draft_token_probability[rows]
-    ids = batch.draft_token_ids.clamp(min=0)
-    stands = p > 0
-    which = stands.nonzero().squeeze(1)
-    for block in row_blocks(len(which), batch.target_logits):
+    logits, ids = batch.target_logits, batch.draft_token_ids[rows].clamp(min=0)
+    own = logits[rows, ids]
+    p = (own - batch.target_log_normaliser_at(rows)).exp()
+    # No token is likelier by more than 1 - 2p, and r likelier ones leave 1 / (r + 1) for x.
+    stands = 1 - 2 * p <= delta
+    which = (~stands).nonzero().squeeze(1)
+    best = torch.empty_like(p[which])
+    for block in row_blocks(len(which), logits):
+        best[block] = logits.index_select(0, rows[which[block]]).amax(dim=-1)
+    stands[which] = p[which] * ((best - own[which]).exp() - 1) <= delta
+    which = (stands & (p * (k + 1) <= 1)).nonzero().squeeze(1)
+    for block in row_blocks(len(which), logits):
         here = which[block]
-        logits = batch.target_logits.index_select(0, rows[here])
-        own = logits.gather(1, ids[rows[here]].unsqueeze(1))
-        best = p[here] * (logits.amax(dim=-1) - own.squeeze(1)).exp()
-        within = best - p[here] <= delta
-        # r likelier tokens leave at most 1 / (r + 1) for x.
-        if bool((p[here] * (k + 1) <= 1).any()):
-            within &= (logits > own).sum(dim=-1) < k
-        stands[here] = within
+        likelier = logits.index_select(0, rows[here]) > own[here].unsqueeze(1)
+        stands[here] = torch.count_nonzero(likelier, dim=-1) < k
     return stands

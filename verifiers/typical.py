@@ -12,13 +12,11 @@ Greedy requests use exact matching, as in the paper.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.verifier import VerifyInput
-from vllm_spec_plugins.vocabulary_passes import entropy
 
 
 class TypicalOptions(RelaxedOptions):
@@ -40,15 +38,16 @@ class Typical(RelaxedRule):
     options: TypicalOptions
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
+        bar = self._bar(batch.target_entropy)
         p = batch.draft_token_probability
-        stands = p > self.options.epsilon
-        # The entropy decides the others, and is at most log V.
-        least = self.options.delta / batch.target_logits.shape[1]
-        rows = (~stands & (p >= least)).nonzero().squeeze(1)
-        bar = self.options.delta * (-entropy(batch.target_logits, rows)).exp()
-        return stands.index_copy(0, rows, p[rows] > bar).to(p.dtype)
+        return (p > bar).to(p.dtype)
 
     def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        p = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
-        bar = self.options.delta * (-entropy(batch.target_logits, rows)).exp()
-        return (p > bar.clamp(max=self.options.epsilon).unsqueeze(1)).to(p.dtype)
+        logits = batch.target_logits.index_select(0, rows)
+        # p > bar, in logits.
+        bar = self._bar(batch.target_entropy[rows]).log() + batch.target_log_normaliser_at(rows)
+        return (logits > bar.unsqueeze(1)).to(logits.dtype)
+
+    def _bar(self, entropy: Tensor) -> Tensor:
+        """Probability above which a token stands."""
+        return (self.options.delta * (-entropy).exp()).clamp(max=self.options.epsilon)

@@ -25,7 +25,6 @@ from .verifier import (
     VerifyInput,
     greedy_matches,
     token_acceptance,
-    token_acceptance_over_vocabulary,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +73,10 @@ class RelaxedRule(AcceptanceRule):
         """
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        """`[M]` bool for rows of greedy requests: accepted though not the most likely token."""
+        """`[M]` bool for rows of greedy requests: accepted though not the most likely token.
+
+        Asked about such tokens only.
+        """
         del batch
         return torch.zeros_like(rows, dtype=torch.bool)
 
@@ -109,11 +111,13 @@ class RelaxedRule(AcceptanceRule):
         return torch.where(exact[batch.request_of], token_acceptance(batch), accept)
 
     def greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        relaxed = self.relaxed_greedy_acceptance(batch, rows) & batch.allowed[rows]
+        accept = greedy_matches(batch)[rows]
+        open_ = ~accept & batch.allowed[rows]
         exact = self.exact_requests(batch)
         if exact is not None:
-            relaxed &= ~exact[batch.request_of[rows]]
-        return relaxed | greedy_matches(batch)[rows]
+            open_ &= ~exact[batch.request_of[rows]]
+        which = open_.nonzero().squeeze(1)
+        return accept.index_copy(0, which, self.relaxed_greedy_acceptance(batch, rows[which]))
 
     def acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor | None:
         accept = self.relaxed_acceptance_over_vocabulary(batch, rows)
@@ -122,9 +126,8 @@ class RelaxedRule(AcceptanceRule):
         exact = self.exact_requests(batch)
         if exact is None:
             return accept
-        which = exact[batch.request_of[rows]].nonzero().squeeze(1)
-        ordinary = token_acceptance_over_vocabulary(batch, rows[which])
-        return accept.index_copy(0, which, ordinary.to(accept.dtype))
+        # [p - q]+ is the residual of the exact rule.
+        return accept.masked_fill(exact[batch.request_of[rows]].unsqueeze(1), 1.0)
 
     def verify(self, batch: VerifyInput) -> Verification:
         verification = super().verify(batch)

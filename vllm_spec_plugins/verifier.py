@@ -22,7 +22,12 @@ from torch import Tensor
 
 from .options import PluginOptions
 from .random_numbers import Purpose, uniforms
-from .vocabulary_passes import first_argmax, log_normaliser, probability_of
+from .vocabulary_passes import (
+    first_argmax,
+    log_normaliser,
+    probability_and_entropy,
+    probability_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,6 +152,9 @@ class VerifyInput:
     @cached_property
     def target_log_normaliser(self) -> Tensor:
         """`[N]` log sum exp of the target's logits."""
+        if "draft_token_probability" in self.__dict__:
+            every_row = torch.arange(len(self.draft_token_ids), device=self.num_draft.device)
+            return self.target_log_normaliser_at(every_row)
         return log_normaliser(self.target_logits)
 
     @cached_property
@@ -177,6 +185,32 @@ class VerifyInput:
         """`[N]` p(x), the target's probability of each draft token; 0 for placeholders."""
         p = probability_of(self.target_logits, self.draft_token_ids.clamp(min=0))
         return torch.where(self.draft_token_ids >= 0, p, torch.zeros_like(p))
+
+    @cached_property
+    def target_entropy(self) -> Tensor:
+        """`[N]` entropy of the target's law, in nats.
+
+        Asked for first, it gives `draft_token_probability` for the same pass.
+        """
+        p, entropy = probability_and_entropy(self.target_logits, self.draft_token_ids.clamp(min=0))
+        p = torch.where(self.draft_token_ids >= 0, p, torch.zeros_like(p))
+        self.__dict__.setdefault("draft_token_probability", p)
+        return entropy
+
+    def target_log_normaliser_at(self, rows: Tensor) -> Tensor:
+        """`[M]` `target_log_normaliser` of some rows, from what is known of them if it can be."""
+        if "target_log_normaliser" in self.__dict__:
+            return self.target_log_normaliser[rows]
+        ids = self.draft_token_ids[rows].clamp(min=0)
+        own = self.target_logits[rows, ids]
+        p = torch.zeros_like(own)
+        if "draft_token_probability" in self.__dict__:
+            p = self.draft_token_probability[rows]
+        result = own - p.log()
+        # A probability this small may have lost digits.
+        unknown = (p < 1e-30).nonzero().squeeze(1)
+        result[unknown] = log_normaliser(self.target_logits.index_select(0, rows[unknown]))
+        return result
 
     @cached_property
     def draft_law_of_token(self) -> Tensor:
@@ -360,18 +394,6 @@ def token_acceptance(batch: VerifyInput) -> Tensor:
     p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
     # A placeholder has p = q = 0 and is never accepted.
     return torch.where(p < q, p / q, (p > 0).to(p.dtype))
-
-
-def token_acceptance_over_vocabulary(batch: VerifyInput, rows: Tensor) -> Tensor:
-    """`[M, V]` min(1, p(y)/q(y)) of every token y at some of the N rows; 1 where q is 0."""
-    p = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
-    ids = batch.draft_token_ids[rows]
-    if batch.draft_probabilities is None:
-        q = torch.zeros_like(p)
-        q.scatter_(1, ids.clamp(min=0).unsqueeze(1), (ids >= 0).to(q.dtype).unsqueeze(1))
-    else:
-        q = batch.draft_probabilities.dense(rows, ids, p.shape[1]).to(p.dtype)
-    return torch.where(p < q, p / q, torch.ones_like(p))
 
 
 def exact_acceptance(batch: VerifyInput) -> Tensor:

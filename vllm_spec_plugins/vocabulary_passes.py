@@ -15,6 +15,8 @@ from torch import Tensor
 #: Elements of a block: half a megabyte of float32. A block and the scratch it is worked on
 #: in share the second-level cache of a core.
 _BLOCK_ELEMENTS = 1 << 17
+#: Up to so many of a row's largest are found one after the other: torch's own search is slow.
+_FEW = 4
 
 
 def row_blocks(rows: int, like: Tensor) -> Iterator[slice]:
@@ -45,20 +47,41 @@ def probability_of(logits: Tensor, token_ids: Tensor) -> Tensor:
     return result
 
 
-def entropy(logits: Tensor, rows: Tensor) -> Tensor:
-    """`[M]` entropy, in nats, of the softmax of some rows of `[rows, V]` logits; -inf allowed."""
-    result = logits.new_empty(len(rows))
-    lowest = torch.finfo(logits.dtype).min / 2
-    law, product = logits.new_empty(0), logits.new_empty(0)
-    for block in row_blocks(len(rows), logits):
-        chosen = logits.index_select(0, rows[block])
-        torch.softmax(chosen, dim=-1, out=law.resize_(0))
-        best, where = chosen.max(dim=-1)
-        # -sum p log p = log Z - sum p l, and log Z = l - log p at the best token.
-        log_normaliser = best - law.gather(1, where.unsqueeze(1)).squeeze(1).log()
-        torch.mul(law, chosen.clamp_(min=lowest), out=product.resize_(0))
-        result[block] = log_normaliser - product.sum(dim=-1)
-    return result.clamp_(min=0)
+def probability_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Both for little more than `probability_of` alone.
+
+    Args:
+        logits: `[rows, V]`; -inf allowed, but not throughout a row.
+        token_ids: `[rows]` int64.
+
+    Returns:
+        `[rows]` softmax at one token per row, and `[rows]` entropy of the softmax, in nats.
+    """
+    probability, entropy = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    scratch = logits.new_empty(0)
+    for block in row_blocks(len(logits), logits):
+        here = logits[block]
+        law = torch.softmax(here, dim=-1, out=scratch.resize_(0))
+        probability[block] = law.gather(1, token_ids[block].unsqueeze(1)).squeeze(1)
+        # -sum p log p = log Z - sum p l; and log Z = l - log p, at the best token.
+        mean = torch.linalg.vecdot(law, here)
+        excluded = mean.isnan().nonzero().squeeze(1)  # 0 times -inf
+        finite = here.index_select(0, excluded).clamp_(min=torch.finfo(here.dtype).min)
+        mean[excluded] = torch.linalg.vecdot(law[excluded], finite)
+        entropy[block] = here.amax(dim=-1) - law.amax(dim=-1).log() - mean
+    return probability, entropy.clamp_(min=0)
+
+
+def largest(logits: Tensor, count: int) -> Tensor:
+    """`[rows, count]` the largest logits of each row, in descending order."""
+    if logits.device.type != "cpu" or count > _FEW:
+        return logits.topk(count, dim=-1).values
+    left, found = logits.clone(), logits.new_empty(len(logits), count)
+    for i in range(count):
+        where = first_argmax(left).unsqueeze(1)
+        found[:, i] = left.gather(1, where).squeeze(1)
+        left.scatter_(1, where, -torch.inf)
+    return found
 
 
 def first_argmax(logits: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ class VerifierBridge(RejectionSampler):
             return self.verifiers[distinct.pop()].verify(batch)
         token_ids = batch.draft_token_ids.new_full((len(names), batch.max_num_draft + 1), -1)
         accepted = torch.zeros_like(batch.num_draft)
-        extra = torch.zeros_like(batch.target_log_normaliser)
+        extra = batch.target_logits.new_zeros(len(batch.draft_token_ids))
         for name in sorted(distinct):
             rows = [i for i, other in enumerate(names) if other == name]
             requests = torch.tensor(rows, device=token_ids.device)

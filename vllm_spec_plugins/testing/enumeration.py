@@ -147,7 +147,7 @@ def first_token_prices(
     batch, _, (weights,) = enumerated_input([problem], vocabulary)
     extra = verifier.verify(batch).extra_acceptance
     if extra is None:  # nothing could be relaxed
-        extra = torch.zeros_like(batch.target_log_normaliser)
+        extra = batch.target_logits.new_zeros(len(batch.draft_token_ids))
     price = extra[batch.first]
     (law,) = output_laws(verifier, [problem], vocabulary)
     law = law.view(-1, problem.vocab_size, problem.vocab_size**problem.num_draft).sum(dim=2)
