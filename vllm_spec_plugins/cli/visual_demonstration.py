@@ -216,7 +216,7 @@ def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
     )
     try:
         labels = torch.arange(images) % 10
-        prompts = [{"prompt_token_ids": ids} for ids in prompts_of(labels).tolist()]
+        prompts: list[Any] = [{"prompt_token_ids": i} for i in prompts_of(labels).tolist()]
         sampling = SamplingParams(
             temperature=way.temperature,
             max_tokens=TOKENS_PER_IMAGE,
