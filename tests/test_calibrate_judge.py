@@ -45,6 +45,7 @@ from vllm_spec_plugins.cli.calibrate_judge import tool_calls
 from vllm_spec_plugins.cli.main import app
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.judge_head import JudgeHead
+from vllm_spec_plugins.zoo.sums import digest as digest_of_task
 from vllm_spec_plugins.zoo.sums import final_answer, solve, sums, train_word_tokenizer
 
 # --- the task ------------------------------------------------------------------------------------
@@ -58,6 +59,27 @@ def test_solutions_of_the_task_are_right() -> None:
         assert final_answer(task.prompt, task.solution) == task.answer == solve(task.prompt)
     assert solve("start 5 8 code 7 =") == "15"
     assert final_answer("", "no answer") == final_answer("", "nothing") == ""
+
+
+def test_a_model_of_the_task_is_built(tmp_path: Path, monkeypatch: Any) -> None:
+    """In a cache of its own, with the task's words as tokens; a prompt begins as in training."""
+    import dataclasses
+
+    from vllm_spec_plugins.zoo import build, cache
+
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+    draft = zoo.recipe("sums-draft")
+    assert isinstance(draft, zoo.SumsRecipe)
+    small = dataclasses.replace(draft, steps=2, num_tasks=200)
+    assert build.folder_name(small) != build.folder_name(draft)
+    folder = build.build(small, threads=1)
+    tokenizer = TextTokenizer(folder)
+    task = next(sums(seed=0, count=1))
+    [ids] = tokenizer.encode([task.prompt], special_tokens=True)
+    assert ids[0] == 1
+    assert tokenizer.decode(ids.tolist()) == task.prompt
+    assert json.loads((folder / "card.json").read_text())["corpus_sha256"] == digest_of_task()
+    assert LocalModel.load(folder).vocab_size == 64
 
 
 # --- labels by people ----------------------------------------------------------------------------
