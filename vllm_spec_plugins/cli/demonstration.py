@@ -1,31 +1,20 @@
-"""`vllm-spec demo`: three ways of decoding, each on a real server, side by side.
-
-The three servers stay up together and take turns, idle while another is timed, so that
-whatever else the machine does falls on all of them alike.
-"""
+"""`vllm-spec demo`: three ways of decoding, each on a real server, side by side."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -46,6 +35,7 @@ from .comparison import (
     marks,
 )
 from .server import Server, ServerError, free_ports
+from .side_by_side import environment, progress_bars, provenance, stage, wait_until_ready
 
 PROMPTS = 8
 #: Characters of a held-out file that the model is shown; cut at the end of a line.
@@ -53,8 +43,6 @@ PROMPT_CHARACTERS = 1200
 TOKENS = 128
 #: Room for prompt and continuation under any tokenizer.
 MAX_MODEL_LEN = 1024
-#: Seconds a server may take to start: machines that compile or swap are slow, not broken.
-START_LIMIT = 300.0
 
 LOOPS = (
     "Greedy decoding by a small model falls into loops, which n-gram drafts predict too easily: "
@@ -116,13 +104,7 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
         f"one request at a time, {repeats} passes, threads of each model: {threads}",
         highlight=False,
     )
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+    progress = progress_bars(console)
     results = {way: Result(way) for way in WAYS}
     answer_ids: dict[Way, list[str]] = {}
     with contextlib.ExitStack() as stack:
@@ -131,9 +113,9 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
             way: stack.enter_context(_server(way, folder, dtype, port, output, threads, trace))
             for way, port in zip(WAYS, free_ports(len(WAYS)), strict=True)
         }
-        _wait(servers, progress)
+        wait_until_ready(servers, progress)
         left = repeats * _warm_up(servers, prompts, progress)
-        task = _stage(progress, f"timed passes (about {left:.0f} s)", repeats * len(WAYS))
+        task = stage(progress, f"timed passes (about {left:.0f} s)", repeats * len(WAYS))
         for turn in range(repeats):
             for i in range(len(WAYS)):
                 way = WAYS[(turn + i) % len(WAYS)]  # nobody always goes first
@@ -219,41 +201,13 @@ def _server(
         "--max-num-seqs=4",
         "--disable-uvicorn-access-log",
     ]
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "NUMBA_THREADING_LAYER": "workqueue",
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    variables = environment(threads)
     if way.speculative_config is not None:
         arguments += ["--speculative-config", json.dumps(way.speculative_config)]
     if way is ADAPTIVE:
-        environment["VLLM_SPEC_PLUGINS_TRACE"] = str(trace.resolve())
+        variables["VLLM_SPEC_PLUGINS_TRACE"] = str(trace.resolve())
     name = way.name.replace(" ", "_").replace("'", "")
-    return Server(arguments, port=port, log=output / f"{name}.log", environment=environment)
-
-
-def _stage(progress: Progress, description: str, total: int) -> TaskID:
-    """One bar. Into a file, where bars appear only at the end, also a line when it begins."""
-    if not progress.console.is_terminal:
-        progress.console.print(description, highlight=False)
-    return progress.add_task(description, total=total)
-
-
-def _wait(servers: dict[Way, Server], progress: Progress) -> None:
-    task = _stage(progress, "starting servers (about 40 s)", len(servers))
-    waiting = dict(servers)
-    deadline = time.monotonic() + START_LIMIT
-    while waiting:
-        for way in [way for way, server in waiting.items() if server.is_ready()]:
-            del waiting[way]
-            progress.advance(task)
-        if waiting and time.monotonic() > deadline:
-            next(iter(waiting.values())).wait_until_ready(0)
-        time.sleep(0.2)
+    return Server(arguments, port=port, log=output / f"{name}.log", environment=variables)
 
 
 def _warm_up(servers: dict[Way, Server], prompts: Sequence[str], progress: Progress) -> float:
@@ -262,7 +216,7 @@ def _warm_up(servers: dict[Way, Server], prompts: Sequence[str], progress: Progr
     Returns:
         Seconds that one pass over all prompts may take, on all servers together.
     """
-    task = _stage(progress, "warming up", len(servers))
+    task = stage(progress, "warming up", len(servers))
     some = prompts[: max(1, len(prompts) // 4)]
     seconds = 0.0
     for server in servers.values():
@@ -380,28 +334,7 @@ def _write_rows(
     path: Path, rows: Sequence[dict[str, Any]], model: str, dtype: str, threads: int
 ) -> None:
     """One JSON line per way of decoding, with what it takes to judge it."""
-    versions = {"python": platform.python_version()}
-    for package in ("vllm-spec-plugins", "vllm", "vllm-cpu", "torch", "numba"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    about = {
-        "model": model,
-        "dtype": dtype,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "threads": threads,
-        "cores": os.cpu_count(),
-        "processor": _processor(),
-        "tokens_per_prompt": TOKENS,
-        "versions": versions,
-    }
+    about = {**provenance(model, dtype, threads), "tokens_per_prompt": TOKENS}
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({**row, **about}) + "\n")
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
