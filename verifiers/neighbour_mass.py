@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vllm_spec_plugins.verifier import VerifyInput
 
+from .law_entries import target_entries
+
 
 def borrowed_mass(
     batch: VerifyInput,
@@ -28,8 +30,7 @@ def borrowed_mass(
         neighbours: `[M, k]` int64 token ids by rising distance; -1: none.
         budget: `[M]` most that may be borrowed.
     """
-    logits = batch.target_logits[rows.unsqueeze(1), neighbours.clamp(min=0)]  # [M, k]
-    lent = torch.exp(logits - batch.target_log_normaliser[rows].unsqueeze(1))
+    lent = target_entries(batch, rows, neighbours.clamp(min=0))  # [M, k]
     sums = lent.masked_fill_(neighbours < 0, 0).cumsum(dim=1)
     # Sums only rise: those within the budget are the first ones, and the last of them is the
     # largest.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vllm_spec_plugins.verifier import VerifyInput
 
+from .law_entries import draft_entries, target_entries
+
 
 def group_of(
     batch: VerifyInput,
@@ -46,8 +48,8 @@ def group_of(
     below = below.topk(below_count, dim=1)
     ids = torch.cat([above.indices, own, below.indices], dim=1)
     found = torch.cat([above.values, here, below.values], dim=1)
-    normaliser = batch.target_log_normaliser[rows].unsqueeze(1)
-    near = (torch.exp(found - normaliser) - torch.exp(here - normaliser)).abs() < max_difference
+    own_p = batch.draft_token_probability[rows].unsqueeze(1)
+    near = (target_entries(batch, rows, ids + first) - own_p).abs() < max_difference
     near &= found.isfinite()
     near[:, above_count] = True  # x itself
     return torch.where(near, ids + first, ids.new_full((), -1))
@@ -62,14 +64,7 @@ def group_acceptance(batch: VerifyInput, rows: Tensor, groups: Tensor) -> Tensor
         groups: `[M, G]` int64 ids, the draft token among them; -1: none.
     """
     columns, used = groups.clamp(min=0), groups >= 0
-    logits = batch.target_logits[rows.unsqueeze(1), columns]
-    p = torch.exp(logits - batch.target_log_normaliser[rows].unsqueeze(1))
-    ids = batch.draft_token_ids[rows]
-    if batch.draft_probabilities is None:
-        q = (columns == ids.unsqueeze(1)).to(p.dtype)
-    else:
-        q = batch.draft_probabilities.dense(rows, ids, batch.target_logits.shape[1])
-        q = q.gather(1, columns).to(p.dtype)
+    p, q = target_entries(batch, rows, columns), draft_entries(batch, rows, columns)
     p_sum = torch.where(used, p, 0).sum(dim=1)
     q_sum = torch.where(used, q, 0).sum(dim=1)
     return torch.where(p_sum < q_sum, p_sum / q_sum, torch.ones_like(p_sum))

@@ -39,6 +39,7 @@ from vllm_spec_plugins.verifier import (
     token_acceptance,
 )
 
+from .law_entries import target_entries
 from .neighbour_mass import borrowed_mass, published_residual
 from .probability_groups import group_acceptance, group_of
 
@@ -167,8 +168,8 @@ class RelaxedVisual(RelaxedRule):
         inside = self._is_image(batch.draft_token_ids[rows]).nonzero().squeeze(1)
         image_rows = rows[inside]
         own = batch.draft_token_probability[image_rows]
-        best = batch.target_logits[image_rows].amax(dim=1)
-        best = torch.exp(best - batch.target_log_normaliser[image_rows])
+        most_likely = batch.greedy_token_ids[image_rows].unsqueeze(1)
+        best = target_entries(batch, image_rows, most_likely).squeeze(1)
         return stands.index_copy(0, inside, own + self._borrowed(batch, image_rows) >= best)
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:

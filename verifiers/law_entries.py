@@ -1,0 +1,49 @@
+"""A few entries of target and draft laws, without a pass over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_spec_plugins.verifier import VerifyInput
+
+#: p(x) from here on says exactly enough by how much logits were shifted.
+_CERTAIN = 1e-20
+
+
+def target_entries(batch: VerifyInput, rows: Tensor, columns: Tensor) -> Tensor:
+    """`[M, k]` p of some tokens of some rows.
+
+    p(x) of each draft token is known already: it says what the row's logits were divided by,
+    except where it is as good as 0.
+
+    Args:
+        batch: The step.
+        rows: `[M]` int64, some of the N rows, none of a placeholder.
+        columns: `[M, k]` int64 token ids.
+    """
+    own = batch.draft_token_probability[rows]
+    column = batch.draft_token_ids[rows].unsqueeze(1)
+    shift = batch.target_logits[rows.unsqueeze(1), column].squeeze(1) - own.log()
+    unknown = (~(own > _CERTAIN)).nonzero().squeeze(1)
+    if len(unknown):
+        logits = batch.target_logits.index_select(0, rows[unknown])
+        shift = shift.index_copy(0, unknown, torch.logsumexp(logits, dim=-1))
+    logits = batch.target_logits[rows.unsqueeze(1), columns]
+    return torch.exp(logits - shift.unsqueeze(1))
+
+
+def draft_entries(batch: VerifyInput, rows: Tensor, columns: Tensor) -> Tensor:
+    """`[M, k]` q of some tokens of some rows; one-hot where nothing was drawn. As above."""
+    one_hot = columns == batch.draft_token_ids[rows].unsqueeze(1)
+    law = batch.draft_probabilities
+    if law is None:
+        return one_hot.to(batch.target_logits.dtype)
+    if law.vocabulary is not None:
+        dense = law.dense(rows, batch.draft_token_ids[rows], batch.target_logits.shape[1])
+        return dense.gather(1, columns).to(batch.target_logits.dtype)
+    known = columns < law.values.shape[1]  # a draft head may lack the target's padding rows
+    q = law.values[rows.unsqueeze(1), torch.where(known, columns, 0)] * known
+    if law.sampled is not None:
+        q = torch.where(law.sampled[rows].unsqueeze(1), q, one_hot.to(q.dtype))
+    return q.to(batch.target_logits.dtype)
