@@ -155,8 +155,9 @@ def _run(console: Console, output: Path, images: int, num_draft: int) -> None:
     console.print(result_table(rows))
     console.print(
         "price: total variation to the target's law per draft token looked at, as the verifier "
-        "measures it while it serves. Frechet distance: in features of a small classifier, for "
-        f"comparing these rows alone; with {images} images it is uncertain by a unit or so."
+        "measures it while it serves. Frechet distance: in features of a small classifier, to "
+        "real digits; it comes out larger the fewer images there are, so compare rows of equally "
+        "many."
     )
     path = output / "visual.jsonl"
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
