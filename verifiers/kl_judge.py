@@ -89,10 +89,16 @@ def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
     result = batch.target_logits.new_empty(len(rows))
     for block in row_blocks(len(rows), batch.target_logits):
         chosen = rows[block]
-        p = torch.softmax(batch.target_logits.index_select(0, chosen), dim=-1)
+        logits = batch.target_logits.index_select(0, chosen)
         ids = batch.draft_token_ids[chosen]
-        q = batch.draft_probabilities.dense(chosen, ids, width).to(p.dtype)
-        # 0 log 0 = 0, and log q is -inf where only q is 0.
-        cross = torch.special.xlogy(p, q, out=q).sum(dim=-1)
-        result[block] = -torch.special.entr(p, out=p).sum(dim=-1) - cross
+        q = batch.draft_probabilities.dense(chosen, ids, width).to(logits.dtype)
+        p = torch.softmax(logits, dim=-1)
+        # sum p log p - sum p log q, with log p = l - log Z.
+        mean = logits.sub_(q.log()).mul_(p).sum(dim=-1)
+        result[block] = mean - batch.target_log_normaliser_at(chosen)
+        # 0 times infinity, in rows where p or q is 0 somewhere.
+        rest = mean.isnan().nonzero().squeeze(1)
+        p, q = p[rest], q[rest]
+        unsure = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
+        result[block][rest] = unsure
     return result

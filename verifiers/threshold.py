@@ -43,7 +43,7 @@ class Threshold(RelaxedRule):
     def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         logits = batch.target_logits.index_select(0, rows)
         bar = batch.target_log_normaliser_at(rows) + self.options.min_log_probability
-        return (logits >= bar.unsqueeze(1)).to(logits.dtype)
+        return logits.ge_(bar.unsqueeze(1))  # in place: 0 or 1, and a copy anyway
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         logits, least = batch.target_logits, self.options.min_log_probability

@@ -165,6 +165,6 @@ def among_the_best(batch: VerifyInput, rows: Tensor, k: int, delta: float) -> Te
     which = (stands & (p * (k + 1) <= 1)).nonzero().squeeze(1)
     for block in row_blocks(len(which), logits):
         here = which[block]
-        likelier = logits.index_select(0, rows[here]) > own[here].unsqueeze(1)
-        stands[here] = torch.count_nonzero(likelier, dim=-1) < k
+        likelier = logits.index_select(0, rows[here]).gt_(own[here].unsqueeze(1))  # 0 or 1
+        stands[here] = likelier.sum(dim=-1) < k
     return stands

@@ -46,7 +46,7 @@ class Typical(RelaxedRule):
         logits = batch.target_logits.index_select(0, rows)
         # p > bar, in logits.
         bar = self._bar(batch.target_entropy[rows]).log() + batch.target_log_normaliser_at(rows)
-        return (logits > bar.unsqueeze(1)).to(logits.dtype)
+        return logits.gt_(bar.unsqueeze(1))  # in place: 0 or 1, and a copy anyway
 
     def _bar(self, entropy: Tensor) -> Tensor:
         """Probability above which a token stands."""

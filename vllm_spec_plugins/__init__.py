@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from .length_control import LengthController, LengthControlOptions, RequestKeys, Signals
     from .proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions, StepStates
     from .random_numbers import Purpose, uniforms
+    from .relaxed_rule import RelaxedOptions, RelaxedRule
     from .target_model import TargetModel
     from .verifier import (
         AcceptanceRule,
         Guarantee,
+        TokenHistory,
         Verification,
         Verifier,
         VerifierOptions,
@@ -43,12 +45,15 @@ __all__ = [
     "Proposer",
     "ProposerOptions",
     "Purpose",
+    "RelaxedOptions",
+    "RelaxedRule",
     "RequestKeys",
     "Signals",
     "SpecPluginsError",
     "StepRecord",
     "StepStates",
     "TargetModel",
+    "TokenHistory",
     "Verification",
     "Verifier",
     "VerifierOptions",
@@ -72,12 +77,15 @@ _HOME = {
     "Proposer": "proposer",
     "ProposerOptions": "proposer",
     "Purpose": "random_numbers",
+    "RelaxedOptions": "relaxed_rule",
+    "RelaxedRule": "relaxed_rule",
     "RequestKeys": "length_control",
     "Signals": "length_control",
     "SpecPluginsError": "errors",
     "StepRecord": "hookspecs",
     "StepStates": "proposer",
     "TargetModel": "target_model",
+    "TokenHistory": "verifier",
     "Verification": "verifier",
     "Verifier": "verifier",
     "VerifierOptions": "verifier",

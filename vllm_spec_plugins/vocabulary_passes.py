@@ -58,17 +58,21 @@ def probability_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, 
         `[rows]` softmax at one token per row, and `[rows]` entropy of the softmax, in nats.
     """
     probability, entropy = logits.new_empty(len(logits)), logits.new_empty(len(logits))
-    scratch = logits.new_empty(0)
+    law, product = logits.new_empty(0), logits.new_empty(0)
     for block in row_blocks(len(logits), logits):
-        here = logits[block]
-        law = torch.softmax(here, dim=-1, out=scratch.resize_(0))
-        probability[block] = law.gather(1, token_ids[block].unsqueeze(1)).squeeze(1)
-        # -sum p log p = log Z - sum p l; and log Z = l - log p, at the best token.
-        mean = torch.linalg.vecdot(law, here)
-        excluded = mean.isnan().nonzero().squeeze(1)  # 0 times -inf
-        finite = here.index_select(0, excluded).clamp_(min=torch.finfo(here.dtype).min)
-        mean[excluded] = torch.linalg.vecdot(law[excluded], finite)
-        entropy[block] = here.amax(dim=-1) - law.amax(dim=-1).log() - mean
+        here, column = logits[block], token_ids[block].unsqueeze(1)
+        torch.softmax(here, dim=-1, out=law.resize_(0))
+        p = law.gather(1, column).squeeze(1)
+        probability[block] = p
+        # -sum p log p = log Z - sum p l, with log Z = l - log p at any token.
+        mean = torch.mul(law, here, out=product.resize_(0)).sum(dim=-1)
+        entropy[block] = here.gather(1, column).squeeze(1) - p.log() - mean
+        # 0 times -inf; or a probability so small that it may have lost digits.
+        rest = (mean.isnan() | (p < 1e-30)).nonzero().squeeze(1)
+        if len(rest):
+            log_law = torch.log_softmax(here.index_select(0, rest), dim=-1)
+            log_law.clamp_(min=torch.finfo(here.dtype).min)
+            entropy[block][rest] = -(log_law.exp() * log_law).sum(dim=-1)
     return probability, entropy.clamp_(min=0)
 
 
