@@ -5,10 +5,10 @@ For a text of `n` tokens, a *match* of length `m` is a place `e < n` with
 longest match between `min_match` and `max_match` tokens wins, among equally long ones the latest;
 the choice is the same on every device. Matches may overlap the suffix itself, as in `a a a`.
 
-vLLM's own n-gram proposers compare one length after the other: on the CPU the earliest of the
-longest wins, in `ngram_gpu` the earliest, in model runner V2 the latest; requests that match
-nothing get copies of their last token there, all verified for nothing. Here they get none (-1),
-and `counts` says how often the match occurred, which tells how far to trust it.
+vLLM's own n-gram proposers find the longest match too: the earliest of them on the CPU and in
+`ngram_gpu`, the latest in model runner V2, which fills requests that match nothing with copies of
+their last token, verified for nothing. Here those get none (-1), and `counts` says how often the
+match occurred, which tells how far to trust it.
 
 One pass: every place is compared with the suffix token by token, backwards, and drops out at the
 first difference, so nearly all places cost one token. Places beyond a request's own text cost
