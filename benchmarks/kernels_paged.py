@@ -28,6 +28,8 @@ from vllm_spec_plugins.triton_kernels.tree_attention import (
     tree_attention_reference,
 )
 
+from vllm_spec_plugins.testing.offline_compile import record_launches
+
 BLOCK_SIZE = 16
 
 
@@ -153,7 +155,7 @@ def attention(
         kernel="tree_attention",
         shape={"requests": num_reqs, "context": context_len, "nodes": num_nodes, "dtype": "bf16"},
         run=run,
-        launches=2,
+        launches=len(record_launches(run)),
         minimum_bytes=cache_bytes + 2 * query.numel() * 2,
         check=check,
         peers=peers,
