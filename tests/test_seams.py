@@ -291,6 +291,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 PLACES = [
@@ -299,6 +300,7 @@ PLACES = [
     (VllmConfig, "_get_v2_model_runner_unsupported_features"),
     (SamplingParams, "_validate_spec_decode"),
     (NewRequestData, "from_request"),
+    (RequestState, "_new_completion_output"),
     (WorkerWrapperBase, "init_device"),
 ]
 
