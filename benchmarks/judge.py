@@ -1,7 +1,8 @@
 """What a judge's head buys on sums written out in words, and what it costs.
 
     vllm-spec calibrate judge sums --prompts prompts.jsonl --draft sums-draft \\
-        --checker vllm_spec_plugins.zoo.sums:final_answer --max-tokens 72 --output judge.safetensors
+        --checker vllm_spec_plugins.zoo.sums:final_answer --max-tokens 72 --recall 0.99 \\
+        --output judge.safetensors
     OMP_NUM_THREADS=1 python benchmarks/judge.py judge.safetensors
     python benchmarks/judge.py --plot
 
@@ -40,9 +41,9 @@ PICTURE = RESULTS.with_suffix(".png")
 SEED, LEARNT = 3, (2, 300)
 MAX_TOKENS = 72
 #: Beside the head's own threshold: of its score.
-SCORES = (0.9, 0.001, 0.0)
+SCORES = (0.99, 0.1, 0.001)
 #: Of the target's log probability.
-LOG_PROBABILITIES = (-2.0, -5.0, -8.0, -12.0)
+LOG_PROBABILITIES = (-4.0, -5.0, -6.5, -8.0)
 
 
 def prompts_not_learnt(count: int, learnt: set[str]) -> list[str]:
