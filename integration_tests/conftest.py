@@ -104,6 +104,33 @@ def exiting_model(random_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def exit_adapter(exiting_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An adapter after layer 1 of `exiting_model`, untrained: what it attends to matters."""
+    import torch
+
+    from vllm_spec_plugins.adapter_file import AdapterCard, write_adapter
+    from vllm_spec_plugins.calibration.adapter_block import AdapterBlock, probes_of, target_shape
+    from vllm_spec_plugins.calibration.hugging_face import LocalModel
+
+    target = LocalModel.load(exiting_model)
+    block = AdapterBlock(target)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        block.output.copy_(torch.randn(block.output.shape, generator=generator) * 0.02)
+    card = AdapterCard(
+        model="exiting_model",
+        target=target_shape(target),
+        exit_layer=1,
+        ffn_size=0,
+        norm_epsilon=target.norm_epsilon,
+        training={},
+    )
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    write_adapter(path, card, block.state_dict(), probes_of(target))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def narrow_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a target, and of a draft model whose law overlaps the target's by two thirds."""
     import torch

@@ -57,6 +57,26 @@ def test_deeper_exits_are_accepted_more(
     assert rates[-1] > rates[0] + 0.1
 
 
+def test_an_adapter_reads_the_keys_of_cached_prefixes(
+    serve: Any, generate: Any, drafted_by: Any, watch: Any, exit_adapter: str
+) -> None:
+    """Its pages are filled when a prompt is read, and found again when it is not."""
+    prompts = [{"prompt_token_ids": [(7 * i + j) % 500 + 3 for i in range(80)]} for j in range(4)]
+    config = {"method": "early_exit", "num_speculative_tokens": 4, "adapter": exit_adapter}
+    tallies: list[tuple[int, int]] = []
+    with serve(config, enable_prefix_caching=True, block_size=32) as llm:
+        watched = watch(llm)
+        for _ in range(2):
+            generate(llm, prompts, max_tokens=60)
+            [tally] = drafted_by(llm).values()
+            tallies.append((tally["drafted"], tally["accepted"]))
+    assert watched.cached_prompt_tokens >= 4 * 64
+    (drafted, accepted), (twice_drafted, twice_accepted) = tallies
+    assert accepted > 20
+    assert twice_drafted - drafted == drafted
+    assert twice_accepted - accepted == accepted
+
+
 def test_drawn_drafts_are_accepted_more_than_chosen_ones(
     serve: Any, generate: Any, drafted_by: Any, prompts: Any
 ) -> None:

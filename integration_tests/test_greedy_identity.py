@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     "draft_model of vLLM": {**DRAFT_MODEL, **LOSSLESS},
     "third party": {"method": "acme_sampled", "num_speculative_tokens": 4},
     "early_exit": {**EARLY_EXIT, "exit_layer": 1},
+    "early_exit, adapter": {**EARLY_EXIT, "adapter": ""},
     "early_exit, exit chosen, del": {**EARLY_EXIT, "length_control": "del"},
     "early_exit, exits per token": {**EARLY_EXIT, "exit_layers": [1, 2, 3], "exit_confidence": 0.4},
     "early_exit, thompson": {
@@ -114,6 +115,7 @@ def test_greedy_text_is_plain_decodings(
     drafted_by: Callable[..., Any],
     random_model: Path,
     exiting_model: Path,
+    exit_adapter: str,
     draft_model: Path,
     many_prompts: list[dict[str, list[int]]],
     plain_texts: Callable[[Path], list[list[int]]],
@@ -123,6 +125,8 @@ def test_greedy_text_is_plain_decodings(
     wanted = plain_texts(model)
     if config["method"] == "draft_model":
         config["model"] = str(draft_model)
+    if "adapter" in config:
+        config["adapter"] = exit_adapter
     with serve_offline(config, model=str(model), skip_tokenizer_init=True, **TIGHT) as llm:
         watched = watch(llm)
         texts = generate(llm, many_prompts, max_tokens=MAX_TOKENS)

@@ -288,3 +288,37 @@ def test_a_head_of_another_model_is_refused(
     with pytest.raises((SpecPluginsError, ValueError), match=message), \
             serve_offline({**EXIT, "verifier": {"name": "judge", "head": path}}):  # fmt: skip
         pass
+
+
+@pytest.mark.slow
+def test_a_mined_head_is_worth_its_keep_on_sums(tmp_path: Path, monkeypatch: Any) -> None:
+    """From the command line; the same command again asks the target nothing."""
+    from typer.testing import CliRunner
+
+    from vllm_spec_plugins.calibration import judge_mining
+    from vllm_spec_plugins.cli.main import app
+    from vllm_spec_plugins.judge_head import JudgeCard
+    from vllm_spec_plugins.zoo.sums import sums
+
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "judge.safetensors"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": task.prompt}) + "\n" for task in sums(seed=4, count=60))
+    )
+    command = ["calibrate", "judge", "sums", "--draft", "sums-draft", "--prompts", str(prompts)]
+    command += ["--checker", "vllm_spec_plugins.zoo.sums:final_answer", "--max-tokens", "72"]
+    command += ["--output", str(output), "--threads", "1"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    card = JudgeCard.read(output)
+    assert card.training["worth_its_keep"]
+    held_out = card.training["held_out"]
+    assert held_out["head"]["area"] > held_out["probability"]["area"] + 0.05
+
+    def no_engine(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the target was started again")
+
+    monkeypatch.setattr(judge_mining, "offline_engine", no_engine)
+    output.unlink()
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
+    assert JudgeCard.read(output).data_sha256 == card.data_sha256

@@ -26,6 +26,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "early_exit": {**EARLY_EXIT, "length_control": {"name": "confidence", "threshold": 0.2}},
     #: Rows of the head are gathered from both ranks.
     "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": {"file": "", "dynamic_tokens": 32}},
+    #: Every rank has the adapter whole, over pages of its own.
+    "early_exit, adapter": {
+        "method": "early_exit",
+        "num_speculative_tokens": 4,
+        "adapter": "",
+    },
     #: Ranks must choose the same exit and length.
     "early_exit, del": {**EARLY_EXIT, "exit_layer": "auto", "length_control": "del"},
 }
@@ -83,6 +89,7 @@ def decode(
 def config(
     request: pytest.FixtureRequest,
     write_ranked: Callable[..., str],
+    exit_adapter: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     chosen = dict(CONFIGURATIONS[request.param])
@@ -90,6 +97,8 @@ def config(
         path = tmp_path_factory.mktemp("ranked") / "even.safetensors"
         file = write_ranked(path, 512, {"even": range(0, 512, 2)})
         chosen["draft_vocabulary"] = {**chosen["draft_vocabulary"], "file": file}
+    if "adapter" in chosen:
+        chosen["adapter"] = exit_adapter
     return chosen
 
 
