@@ -418,6 +418,7 @@ def test_models_refused_before_anything_loads(
     ("engine_args", "reason"),
     [
         ({"enable_lora": True}, "Remove --enable-lora"),
+        ({"enable_dbo": True}, "Remove --enable-dbo"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
     ],
 )

@@ -477,7 +477,13 @@ SEAMS: tuple[Seam, ...] = (
             "uses_mrope",
         ),
     ),
-    Seam("engine/arg_utils.py", "EngineArgs", "read", "adapters served", ("enable_lora",)),
+    Seam(
+        "engine/arg_utils.py",
+        "EngineArgs",
+        "read",
+        "how it runs layers",
+        ("enable_dbo", "enable_lora"),
+    ),
     Seam(
         "v1/engine/core_client.py",
         "EngineCoreClient.shutdown",

@@ -24,7 +24,7 @@ def refuse_unrunnable_layers(name: str, needs: Needs, args: EngineArgs, model: M
         model: The target.
 
     Raises:
-        ConfigError: The engine serves LoRA adapters.
+        ConfigError: The engine serves LoRA adapters, or overlaps halves of a batch.
         UnsupportedEngineError: The target has a state beside keys and values, or the like.
     """
     if Needs.TARGET_LAYERS not in needs:
@@ -34,6 +34,11 @@ def refuse_unrunnable_layers(name: str, needs: Needs, args: EngineArgs, model: M
             f'"{name}" drafts with the layers of the target, and with --enable-lora those layers '
             "look up an adapter for each token of the step being verified, not of the draft. "
             f"Remove --enable-lora. {_OTHERS}"
+        )
+    if args.enable_dbo:
+        raise ConfigError(
+            f'"{name}" drafts with the layers of the target, and --enable-dbo runs them on half a '
+            f"batch at a time. Remove --enable-dbo. {_OTHERS}"
         )
     reasons = {
         "keeps a recurrent state (Mamba, linear attention), which a draft would overwrite": (
