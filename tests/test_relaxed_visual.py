@@ -500,3 +500,34 @@ def test_at_its_strictest_every_rule_is_lossless(make: Make) -> None:
     for verifier in strict:
         [law] = output_laws(verifier, [problem])
         torch.testing.assert_close(law, exact, atol=TOLERANCE, rtol=0)
+
+
+def test_equals_and_neighbours_by_rank_make_a_group() -> None:
+    """Against a full sort, on many rows; equals of the draft token count as above it."""
+    from vllm_spec_plugins.verifiers.probability_groups import group_of
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 30, generator=generator, dtype=torch.float64) * 2
+    logits[:, 5:9] = -torch.inf
+    token_ids = torch.randint(10, 30, (40,), generator=generator)
+    logits[3, 20:23] = logits[3, token_ids[3]]
+    batch = replace(
+        step([1.0], 0),
+        target_logits=logits,
+        draft_token_ids=token_ids,
+        num_draft=torch.ones(40, dtype=torch.int64),
+    )
+    rows = torch.arange(40)
+    groups = group_of(batch, rows, (4, 30), 7, 1.0)
+    for row, token_id, group in zip(logits, token_ids.tolist(), groups, strict=True):
+        ids = [i for i in range(4, 30) if row[i] > -torch.inf and i != token_id]
+        ids.sort(key=lambda i, row=row: float(row[i]))
+        above = [i for i in ids if row[i] >= row[token_id]][:3]
+        below = [i for i in ids if row[i] < row[token_id]][-3:]
+        found = sorted(float(row[i]) for i in group.tolist() if i >= 0)
+        assert found == sorted(float(row[i]) for i in [*above, token_id, *below])
+    # Everything else is excluded: x is alone.
+    alone = logits.clone().fill_(-torch.inf).scatter_(1, token_ids.unsqueeze(1), 0.0)
+    groups = group_of(replace(batch, target_logits=alone), rows, (4, 30), 7, 1.0)
+    assert torch.equal(groups.amax(dim=1), token_ids)
+    assert bool(((groups >= 0).sum(dim=1) == 1).all())

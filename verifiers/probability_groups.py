@@ -25,8 +25,8 @@ def group_of(
 ) -> Tensor:
     """`[M, G]` int64 ids of the groups of some rows' draft tokens; -1: none.
 
-    Half of a group are the tokens just above x in probability and half, x among them, those
-    from x down; only ids in the image range, and only such with |p(y) - p(x)| below
+    Half of a group are the tokens just above x in probability, its equals among them, and half
+    x and those just below it; only ids in the image range, and only such with |p(y) - p(x)| below
     `max_difference`. No other part of the vocabulary is sorted.
 
     Args:
@@ -42,15 +42,15 @@ def group_of(
     here = logits.gather(1, own)
     above_count = min(size // 2, logits.shape[1])
     below_count = min(size - size // 2 - 1, logits.shape[1])
-    above = logits.masked_fill(logits <= here, torch.inf).topk(above_count, dim=1, largest=False)
-    # Equals of x rank below it.
-    below = logits.masked_fill(logits > here, -torch.inf).scatter_(1, own, -torch.inf)
-    below = below.topk(below_count, dim=1)
+    # 1 / (l(y) - l(x)) is largest just above x and smallest just below it; equals of x are
+    # infinite, excluded tokens 0. Masks over the vocabulary would cost several times as much.
+    closeness = (logits - here).reciprocal_().scatter_(1, own, 0)
+    above = closeness.topk(above_count, dim=1)
+    below = closeness.topk(below_count, dim=1, largest=False)
     ids = torch.cat([above.indices, own, below.indices], dim=1)
-    found = torch.cat([above.values, here, below.values], dim=1)
     own_p = batch.draft_token_probability[rows].unsqueeze(1)
     near = (target_entries(batch, rows, ids + first) - own_p).abs() < max_difference
-    near &= found.isfinite()
+    near &= torch.cat([above.values > 0, own >= 0, below.values < 0], dim=1)
     near[:, above_count] = True  # x itself
     return torch.where(near, ids + first, ids.new_full((), -1))
 
