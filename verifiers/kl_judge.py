@@ -24,7 +24,7 @@ from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.verifier import Guarantee, VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import row_blocks
+from vllm_spec_plugins.vocabulary_passes import row_blocks, row_products
 
 
 class KLJudgeOptions(RelaxedOptions):
@@ -94,11 +94,14 @@ def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
         q = batch.draft_probabilities.dense(chosen, ids, width).to(logits.dtype)
         p = torch.softmax(logits, dim=-1)
         # sum p log p - sum p log q, with log p = l - log Z.
-        mean = logits.sub_(q.log()).mul_(p).sum(dim=-1)
-        result[block] = mean - batch.target_log_normaliser_at(chosen)
-        # 0 times infinity, in rows where p or q is 0 somewhere.
-        rest = mean.isnan().nonzero().squeeze(1)
-        p, q = p[rest], q[rest]
-        unsure = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
-        result[block][rest] = unsure
+        result[block] = row_products(p, logits.sub_(q.log()))
+    result -= batch.target_log_normaliser_at(rows)
+    # 0 times infinity, in rows where p or q is 0 somewhere.
+    rest = rows[result.isnan()]
+    if len(rest):
+        p = torch.softmax(batch.target_logits.index_select(0, rest), dim=-1)
+        ids = batch.draft_token_ids[rest]
+        q = batch.draft_probabilities.dense(rest, ids, width).to(p.dtype)
+        sums = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
+        result[result.isnan()] = sums
     return result

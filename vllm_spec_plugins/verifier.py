@@ -445,7 +445,7 @@ def unclaimed(
         left.scatter_add_(1, column, torch.where(ids >= 0, -share, 0))
     else:
         q = batch.draft_probabilities.dense(rows, ids.squeeze(1), left.shape[1]).to(left.dtype)
-        left -= q if f is None else q * f
+        left -= q if f is None else q.mul_(f)
     return left.clamp_(min=0)
 
 

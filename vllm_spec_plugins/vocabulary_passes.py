@@ -57,23 +57,28 @@ def probability_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, 
     Returns:
         `[rows]` softmax at one token per row, and `[rows]` entropy of the softmax, in nats.
     """
-    probability, entropy = logits.new_empty(len(logits)), logits.new_empty(len(logits))
-    law, product = logits.new_empty(0), logits.new_empty(0)
+    probability, mean = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    law, column = logits.new_empty(0), token_ids.unsqueeze(1)
     for block in row_blocks(len(logits), logits):
-        here, column = logits[block], token_ids[block].unsqueeze(1)
-        torch.softmax(here, dim=-1, out=law.resize_(0))
-        p = law.gather(1, column).squeeze(1)
-        probability[block] = p
-        # -sum p log p = log Z - sum p l, with log Z = l - log p at any token.
-        mean = torch.mul(law, here, out=product.resize_(0)).sum(dim=-1)
-        entropy[block] = here.gather(1, column).squeeze(1) - p.log() - mean
-        # 0 times -inf; or a probability so small that it may have lost digits.
-        rest = (mean.isnan() | (p < 1e-30)).nonzero().squeeze(1)
-        if len(rest):
-            log_law = torch.log_softmax(here.index_select(0, rest), dim=-1)
-            log_law.clamp_(min=torch.finfo(here.dtype).min)
-            entropy[block][rest] = -(log_law.exp() * log_law).sum(dim=-1)
+        torch.softmax(logits[block], dim=-1, out=law.resize_(0))
+        probability[block] = law.gather(1, column[block]).squeeze(1)
+        mean[block] = row_products(law, logits[block])
+    # -sum p log p = log Z - sum p l, with log Z = l - log p at any token.
+    entropy = logits.gather(1, column).squeeze(1) - probability.log() - mean
+    # 0 times -inf; or a probability so small that it may have lost digits.
+    rest = (mean.isnan() | (probability < 1e-30)).nonzero().squeeze(1)
+    for block in row_blocks(len(rest), logits):
+        log_law = torch.log_softmax(logits.index_select(0, rest[block]), dim=-1)
+        log_law.clamp_(min=torch.finfo(logits.dtype).min)
+        entropy[rest[block]] = -row_products(log_law.exp(), log_law)
     return probability, entropy.clamp_(min=0)
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """`[rows]` inner product of each row of two `[rows, V]` tensors, without a third."""
+    if a.device.type != "cpu" or not len(a):
+        return torch.linalg.vecdot(a, b)
+    return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)])
 
 
 def largest(logits: Tensor, count: int) -> Tensor:
