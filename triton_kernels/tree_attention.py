@@ -128,7 +128,8 @@ def tree_attention(
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = context.keys.shape[1:3]
     group = num_heads // num_kv_heads
-    tile = _tile(max_query_len * group, head_size, query.dtype, _large_tiles(query.device))
+    large = _large_tiles(query.device)
+    tile = _tile(max_query_len * group, head_size, query.dtype, context.keys.dtype, large)
     row_tiles = triton.cdiv(max_query_len * group, tile.rows)
     if num_splits is None:
         num_splits = _splits(
@@ -308,16 +309,22 @@ class _Tile:
     num_stages: int
 
 
-def _tile(num_rows: int, head_size: int, dtype: torch.dtype, large: bool) -> _Tile:
+def _tile(
+    num_rows: int, head_size: int, query_type: torch.dtype, cache_type: torch.dtype, large: bool
+) -> _Tile:
     """As large as registers allow without spilling: see the table of the offline tests."""
     wide = head_size > 128
-    if dtype == torch.float32:
+    if query_type == torch.float32:
         return _Tile(16, 16 if wide else 32, num_warps=4, num_stages=1)
     rows = min(max(16, triton.next_power_of_2(num_rows)), 64 if wide else 128)
-    keys = 64
-    if wide or (rows == 128 and not large):
-        keys = 16 if wide and not large else 32
-    return _Tile(rows, keys, num_warps=8 if rows == 128 or wide else 4, num_stages=2)
+    if large:
+        keys, most_rows_of_4_warps = 32 if wide else 64, 64
+    else:
+        # Numbers on their way from fp8 take registers too.
+        keys = 16 if wide or (rows == 128 and cache_type != query_type) else 32
+        most_rows_of_4_warps = 32
+    num_warps = 8 if wide or rows > most_rows_of_4_warps else 4
+    return _Tile(rows, keys, num_warps, num_stages=2)
 
 
 @cache
