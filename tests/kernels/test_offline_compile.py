@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 from vllm_spec_plugins.testing.offline_compile import (  # noqa: E402
     SHARED_LIMIT,
@@ -124,3 +126,25 @@ def test_the_table_names_what_is_shipped() -> None:
         table["launches"] = {k: v for k, v in table["launches"].items() if k in SHIPPED}
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     assert sorted(read_table()["launches"]) == sorted(SHIPPED)
+
+
+@triton.jit
+def _greedy_for_registers(x_ptr, out_ptr, size: tl.constexpr):
+    column = tl.arange(0, size)
+    x = tl.load(x_ptr + column)
+    # Everything is needed until the maximum is known.
+    tl.store(out_ptr + column, x - tl.max(x, axis=0))
+
+
+def test_spills_would_be_seen() -> None:
+    """A control: more numbers than a warp has registers for."""
+    memory = torch.empty(1 << 14, device="meta")
+    (launch,) = record_launches(
+        lambda: _greedy_for_registers[(1,)](memory, memory, size=1 << 14, num_warps=1)
+    )
+    found = footprint(launch, "sm_90")
+    assert found.spills > 0
+    assert found.loads_128 > 0
+    assert differences({"sm_90": asdict(found) | {"spills": 0}}, {"sm_90": found}) == [
+        f"  sm_90: spills 0 -> {found.spills}"
+    ]

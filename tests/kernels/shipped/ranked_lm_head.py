@@ -10,7 +10,7 @@ from vllm_spec_plugins.triton_kernels.ranked_lm_head import Noise, ranked_lm_hea
 
 HIDDEN, RANKED = 4096, 32_768
 
-SLOW = {"drawn_64_rows"}
+SLOW = {"drawn_64_rows", "best_8_columns"}
 
 
 def meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -22,6 +22,7 @@ REQUESTS, DRAFT, VOCABULARY, RANKED = 8, 5, 128_256, 32_768
 TOKENS = REQUESTS * DRAFT
 
 SLOW = {
+    "neighbours",
     "token_dense",
     "token_compact",
     "block_one_hot",
