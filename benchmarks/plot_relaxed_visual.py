@@ -142,8 +142,11 @@ def main(
         _label(axes[5], "frechet_distance", "tokens_per_second")
     else:
         axes[5].set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    shown: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True)) | shown
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize=8)
     count = max(row["images"] for row, _ in simulated)
     figure.suptitle(
         f"relaxed_visual on the zoo's digits: {count} images a seed and point, drafts of "
