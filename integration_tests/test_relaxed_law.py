@@ -159,6 +159,7 @@ def test_the_distance_of_the_texts_is_the_price_in_the_metrics(
         assert price > 4 * error, f"{name}: {price:.4f} +- {error:.4f}"
 
 
+@pytest.mark.slow
 def test_a_limit_keeps_each_requests_mean_price_near_it(serve_narrow: Any) -> None:
     from vllm import SamplingParams
 
@@ -197,6 +198,7 @@ def test_without_verifiers_allowed_no_request_is_relaxed(
     assert tally["total_variation_price"] == 0
 
 
+@pytest.mark.slow
 def test_prometheus_shows_what_each_verifier_cost(serve_narrow: Any, drafted_by: Any) -> None:
     from prometheus_client import REGISTRY, generate_latest
 
