@@ -9,7 +9,8 @@ extra acceptance they report.
 
 Images come from `visual_simulation.py`: whole rounds of draft and verification through the
 verifier's own code, thousands of images at once (kind "simulation"). `--engine` generates
-fewer through vLLM, with tokens per second (kind "engine"): the two must agree.
+fewer through vLLM, with tokens per second (kind "engine"): the two must agree, but that an
+engine's price includes draft tokens past the end of an image.
 
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --seeds 0,1,2
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --law

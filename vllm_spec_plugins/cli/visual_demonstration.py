@@ -75,8 +75,9 @@ class Generated:
         token_ids: `[N, 64]` int64.
         labels: `[N]` int64, the digits asked for.
         seconds: To generate them all, engine start and warm-up aside.
-        acceptance_length: Codes per pass of the target over a draft, the bonus token included.
-        price: Total variation per draft token looked at.
+        acceptance_length: Codes of the images per pass of the target over a draft, the bonus
+            token included.
+        price: Total variation per draft token looked at, those past an image's end included.
     """
 
     token_ids: Tensor
@@ -233,32 +234,32 @@ def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
     finally:
         shut_down(llm)
     token_ids = torch.tensor([list(output.outputs[0].token_ids) for output in outputs])
-    steps, accepted, looked_at, price = (a - b for a, b in zip(after, before, strict=True))
+    steps, looked_at, price = (a - b for a, b in zip(after, before, strict=True))
     return Generated(
         token_ids,
         labels,
         seconds,
-        1 + accepted / steps if steps else 1.0,
+        # The first code comes with the prompt; what is accepted past the last one is no gain.
+        (token_ids.numel() - images) / steps if steps else 1.0,
         price / looked_at if looked_at else 0.0,
     )
 
 
-def _counted(llm: Any, speculative: object) -> tuple[float, float, float, float]:
-    """Drafts verified so far, draft tokens accepted, looked at, and what they cost."""
+def _counted(llm: Any, speculative: object) -> tuple[float, float, float]:
+    """Drafts verified so far, draft tokens looked at, and what they cost."""
     if speculative is None:
-        return 0, 0, 0, 0
+        return 0, 0, 0
     [metrics] = llm.collective_rpc("spec_plugins_metrics")
-    steps = accepted = looked_at = price = 0.0
+    steps = looked_at = price = 0.0
     for row in metrics["by_method"]:
         steps += row["steps"]
-        accepted += row["accepted"]
         price += row["total_variation_price"] * row["drafted"]
         # A position is looked at by every draft that got there.
         reach = row["steps"]
         for rate in row["acceptance_rate_at"]:
             looked_at += reach
             reach *= rate
-    return steps, accepted, looked_at, price
+    return steps, looked_at, price
 
 
 def _row(way: Way, generated: Generated, digit_images: DigitImages) -> Row:
