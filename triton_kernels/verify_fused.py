@@ -996,6 +996,7 @@ def _launch(
     statistics = empty(planes, max(num_rows, 1), num_blocks)
     tiles, shifts = empty(tile_rows, num_requests, num_tiles), empty(num_requests, num_tiles)
     plane_stride = max(num_rows, 1) * num_blocks
+    on_nvidia = device.type != "xpu" and torch.version.hip is None
     language = {torch.float32: tl.float32, torch.float64: tl.float64}[compute]
 
     _statistics_kernel[(num_requests * max(batch.max_num_draft, 1), num_blocks)](
@@ -1072,6 +1073,6 @@ def _launch(
         TILE=shape.tile,
         COMPUTE=language,
         num_warps=shape.tile_warps,
-        **({} if shape.registers is None or torch.version.hip else {"maxnreg": shape.registers}),
+        **({"maxnreg": shape.registers} if shape.registers and on_nvidia else {}),
     )
     return Verification(token_ids, accepted, extra)
