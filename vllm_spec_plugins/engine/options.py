@@ -141,9 +141,10 @@ def _announce(settings: PluginSettings, native: Mapping[str, Any]) -> None:
     ]
     guarantee = plugins.load(Kind.VERIFIER, settings.verifier.name).guarantee
     logger.info(
-        "Speculative decoding: proposer %s, verifier %s, which %s. Requests may choose: %s.",
+        "Speculative decoding: proposer %s, verifier %s (%s: %s). Requests may choose: %s.",
         proposer,
         settings.verifier.name,
+        guarantee.value,
         guarantee.meaning,
         ", ".join(sorted(promises)),
     )
