@@ -74,7 +74,7 @@ def counted(server: Server) -> dict[tuple[str, str], float]:
 def test_the_start_up_log_says_what_is_promised(server: Server, log: Path) -> None:
     del server  # has started
     [line] = [line for line in log.read_text().splitlines() if "Speculative decoding:" in line]
-    assert "verifier lossless, which reproduces the target's law exactly" in line
+    assert "verifier lossless (lossless: reproduces the target's law exactly)" in line
     for promise in ("lossless [lossless]", "top_k_relaxed [heuristic]", "typical [heuristic]"):
         assert promise in line
 
