@@ -317,9 +317,8 @@ def _tile(
     if query_type == torch.float32:
         return _Tile(16, 16 if wide else 32, num_warps=4, num_stages=1)
     rows = min(max(16, triton.next_power_of_2(num_rows)), 64 if wide else 128)
-    if large:
-        keys, most_rows_of_4_warps = 32 if wide else 64, 64
-    else:
+    keys, most_rows_of_4_warps = (32 if wide else 64), 64
+    if not large and (wide or rows > 32):
         # Numbers on their way from fp8 take registers too.
         keys = 16 if wide or (rows == 128 and cache_type != query_type) else 32
         most_rows_of_4_warps = 32

@@ -62,6 +62,9 @@ CONFIGURATIONS: dict[str, Callable[[], None]] = {
     "head128_16_nodes_fp8_e5m2": lambda: attend(128, num_nodes=16, cache_dtype=torch.float8_e5m2),
     "head128_8_nodes_fp8_e5m2": lambda: attend(128, num_nodes=8, cache_dtype=torch.float8_e5m2),
     "head256_fp8_e5m2": lambda: attend(256, group=2, cache_dtype=torch.float8_e5m2),
+    "head128_4_nodes_no_group_fp8_e5m2": lambda: attend(
+        128, num_nodes=4, group=1, cache_dtype=torch.float8_e5m2
+    ),
     "head128_4_nodes_no_group": lambda: attend(128, num_nodes=4, group=1),
     "head128_blocks_of_64": lambda: attend(128, block_size=64),
     "head128_fp32": lambda: attend(128, dtype=torch.float32),
