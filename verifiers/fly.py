@@ -28,6 +28,7 @@ from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.verifier import (
     Verification,
+    VerifierOptions,
     VerifyInput,
     assemble,
     draw_next,
@@ -69,6 +70,12 @@ class Fly(RelaxedRule):
                 f"{facts.num_speculative_tokens} tokens: nothing could ever be forgiven. Raise "
                 "num_speculative_tokens above it (the paper uses 15), or lower window_size."
             )
+
+    @classmethod
+    def looks_ahead(cls, options: VerifierOptions) -> bool:
+        """True: at the window."""
+        del options
+        return True
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         """`[N]` acceptance of each token given those drafted after it."""

@@ -43,6 +43,11 @@ class Lossless(AcceptanceRule):
     guarantee = Guarantee.LOSSLESS
     options: LosslessOptions
 
+    @classmethod
+    def looks_ahead(cls, options: VerifierOptions) -> bool:
+        assert isinstance(options, LosslessOptions)
+        return options.rule == "block"
+
     def acceptance(self, batch: VerifyInput) -> Tensor:
         return token_acceptance(batch)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, read_neighbours
 from vllm_spec_plugins.errors import ConfigError, listed
+from vllm_spec_plugins.image_token_range import chosen_image_tokens
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.verifier import (
     VerifierOptions,
@@ -118,7 +119,9 @@ class RelaxedVisual(RelaxedRule):
 
     def __init__(self, options: RelaxedVisualOptions, context: EngineContext) -> None:
         super().__init__(options, context)
-        self._first, self._end = _image_tokens(options, context.facts)
+        self._first, self._end = chosen_image_tokens(
+            "relaxed_visual", options.image_token_range, context.facts
+        )
         self._neighbours: Tensor | None = None
         if options.neighbours is not None:
             _, table = read_neighbours(options.neighbours)
@@ -132,7 +135,7 @@ class RelaxedVisual(RelaxedRule):
     def check(cls, options: VerifierOptions, facts: ModelFacts) -> None:
         assert isinstance(options, RelaxedVisualOptions)
         _refuse_options_of_others(options)
-        image_tokens = _image_tokens(options, facts)
+        image_tokens = chosen_image_tokens("relaxed_visual", options.image_token_range, facts)
         if "neighbours" not in _OF_RULE[options.rule]:
             return
         if options.neighbours is None:
@@ -232,26 +235,6 @@ class RelaxedVisual(RelaxedRule):
         value = _OF_RULE[self.options.rule][name] if given is None else given
         assert value is not None
         return value
-
-
-def _image_tokens(options: RelaxedVisualOptions, facts: ModelFacts) -> tuple[int, int]:
-    """`[first, last + 1)`, as the user or the model's config says."""
-    chosen = options.image_token_range
-    said_by = '"image_token_range"'
-    if chosen is None:
-        chosen, said_by = facts.image_token_range, "image_token_range in its config.json"
-    if chosen is None:
-        raise ConfigError(
-            f"relaxed_visual: the config of {facts.model} does not say which of its token ids are "
-            'image codes. Give "image_token_range": [first, last + 1].'
-        )
-    first, end = chosen
-    if not 0 <= first < end <= facts.vocab_size:
-        raise ConfigError(
-            f"relaxed_visual: {said_by} is [{first}, {end}], and {facts.model} has token ids from "
-            f"0 to {facts.vocab_size - 1}: it must be [first, last + 1] within them."
-        )
-    return first, end
 
 
 def _refuse_options_of_others(options: RelaxedVisualOptions) -> None:

@@ -368,6 +368,7 @@ def _check(
 ) -> None:
     """Let every plugin refuse what its option types could not."""
     _check_signals(settings, registry)
+    _check_looks_ahead(settings, registry)
     facts: ModelFacts = facts_for(rest.get("num_speculative_tokens"))
     if settings.draft_vocabulary is not None:
         draft_vocabulary.check(settings.draft_vocabulary, facts)
@@ -400,6 +401,25 @@ def _check_signals(settings: PluginSettings, registry: Registry) -> None:
             f'length_control "{control.name}" works with proposers that {_WANTED[needs & ~told]}; '
             f'"{settings.proposer.name}" does not. Beside it: {listed(works)}.'
         )
+
+
+def _check_looks_ahead(settings: PluginSettings, registry: Registry) -> None:
+    """Draft tokens that are to be drafted again must not have been looked at."""
+    if settings.proposer is None:
+        return
+    proposer, options = settings.proposer.build(Kind.PROPOSER, registry)
+    if not proposer.keeps_rejected_drafts(options):
+        return
+    for choice in settings.verifiers_allowed.values():
+        verifier, options = choice.build(Kind.VERIFIER, registry)
+        if verifier.looks_ahead(options):
+            with_options = f" with {json.dumps(choice.options)}" if choice.options else ""
+            raise ConfigError(
+                f'"{settings.proposer.name}" with these options drafts tokens behind a rejection '
+                f'again, and the verifier "{choice.name}"{with_options} looks at them before it '
+                "rejects: the text would not follow the target's law. Choose another verifier "
+                f'("{LOSSLESS}" by its token rule), or draft anew ("coupling": "none").'
+            )
 
 
 def _signals_of(registry: Registry, name: str) -> Signals:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .context import ModelFacts
 
 #: Letters of Chameleon's image token names stand for digits.
 _CHAMELEON_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
@@ -35,6 +40,36 @@ def image_token_range(config: Mapping[str, Any]) -> tuple[int, int] | None:
     if first is None or any(id_ != first + ids_code for ids_code, id_ in ids.items()):
         return None
     return first, first + len(ids)
+
+
+def chosen_image_tokens(
+    plugin: str, chosen: tuple[int, int] | None, facts: ModelFacts
+) -> tuple[int, int]:
+    """`[first, last + 1)`, as the user says, or else the model's config.
+
+    Args:
+        plugin: Whose option `image_token_range` it is.
+        chosen: The option.
+        facts: Of the model.
+
+    Raises:
+        ConfigError: Nobody says so, or it does not lie within the vocabulary.
+    """
+    said_by = '"image_token_range"'
+    if chosen is None:
+        chosen, said_by = facts.image_token_range, "image_token_range in its config.json"
+    if chosen is None:
+        raise ConfigError(
+            f"{plugin}: the config of {facts.model} does not say which of its token ids are "
+            'image codes. Give "image_token_range": [first, last + 1].'
+        )
+    first, end = chosen
+    if not 0 <= first < end <= facts.vocab_size:
+        raise ConfigError(
+            f"{plugin}: {said_by} is [{first}, {end}], and {facts.model} has token ids from "
+            f"0 to {facts.vocab_size - 1}: it must be [first, last + 1] within them."
+        )
+    return first, end
 
 
 def _code_of(name: str) -> int | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .draft_probabilities import DraftProbabilities
     from .length_control import LengthController
     from .target_model import TargetModel
+    from .target_rows import TargetRows
 
 
 class ProposerOptions(PluginOptions):
@@ -47,6 +48,8 @@ class Needs(Flag):
     CACHE_SALT = auto()
     #: `Proposer.follow` is called in every step, with hidden states after `Proposer.layers`.
     LAYER_STATES = auto()
+    #: The target's logits of the last verification, past the token it ended with.
+    TARGET_LOGITS = auto()
     #: The target's own layers, run over its own cache (`TargetModel`). Engines whose layers
     #: cannot be run apart are refused at start. Drafts go to lookahead slots.
     TARGET_LAYERS = 32 | LOOKAHEAD_SLOTS
@@ -108,6 +111,9 @@ class DraftInput:
         hidden_states: `[R, H]` on the device with `Needs.HIDDEN_STATES`, else None.
         cache_salts: `[R]` with `Needs.CACHE_SALT`, else None. No salt is "".
         length_control: Asked after each token by proposers that draft one by one.
+        target_rows: With `Needs.TARGET_LOGITS`: the target's laws at the positions to be drafted,
+            as far as the last verification computed them. None: it computed none for anybody.
+            Valid during `propose`.
     """
 
     request_ids: Sequence[str]
@@ -121,6 +127,7 @@ class DraftInput:
     hidden_states: Tensor | None
     cache_salts: Sequence[str] | None
     length_control: LengthController
+    target_rows: TargetRows | None = None
 
     @property
     def last_token_ids(self) -> NDArray[np.int32]:
@@ -189,6 +196,16 @@ class Proposer(ABC):
         """What it tells a length controller with these options; `signals` unless overridden."""
         del options
         return cls.signals
+
+    @classmethod
+    def keeps_rejected_drafts(cls, options: ProposerOptions) -> bool:
+        """Whether later drafts depend on draft tokens behind a rejection, as drawn.
+
+        Such a proposer is refused beside verifiers that look at those tokens
+        (`Verifier.looks_ahead`): what they decide would make the tokens unlike their law.
+        """
+        del options
+        return False
 
     @classmethod
     def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:

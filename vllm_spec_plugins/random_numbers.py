@@ -27,6 +27,9 @@ class Purpose(IntEnum):
     RESAMPLE = 1
     DRAFT = 2
     LENGTH = 3
+    #: Draft tokens of one sequence position that share their noise from step to step: keyed by
+    #: that position itself, the token id the index.
+    COUPLED_DRAFT = 4
 
 
 def _signed(value: int) -> int:

@@ -286,6 +286,15 @@ class Verifier(ABC):
     def check(cls, options: VerifierOptions, facts: ModelFacts) -> None:
         """Refuse what the options' types cannot. Raises `SpecPluginsError`."""
 
+    @classmethod
+    def looks_ahead(cls, options: VerifierOptions) -> bool:
+        """Whether what it decides at a draft token may depend on the draft tokens after it.
+
+        Proposers that draft tokens behind a rejection again rely on nobody having looked at them.
+        """
+        del options
+        return True
+
     @abstractmethod
     def verify(self, batch: VerifyInput) -> Verification:
         """Verify one step."""
@@ -304,6 +313,12 @@ class AcceptanceRule(Verifier):
     of [f - min(1, p/q)]+ over q, the extra acceptance, is exactly the total-variation distance
     to the target's law.
     """
+
+    @classmethod
+    def looks_ahead(cls, options: VerifierOptions) -> bool:
+        """False: tokens are looked at one after the other. Override beside another `verify`."""
+        del options
+        return False
 
     @abstractmethod
     def acceptance(self, batch: VerifyInput) -> Tensor:

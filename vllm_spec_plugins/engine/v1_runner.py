@@ -26,7 +26,8 @@ from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, StepS
 from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.step_clock import StepClock
 from vllm_spec_plugins.step_cost import StepTime
-from vllm_spec_plugins.verifier import TokenHistory, Verification, Verifier
+from vllm_spec_plugins.target_rows import TargetRows
+from vllm_spec_plugins.verifier import TokenHistory, Verification, Verifier, VerifyInput
 
 from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
 from .front_end import counters_writer
@@ -113,6 +114,8 @@ class V1Adapter:
         self._draft: Draft | None = None
         self._row_in_draft: dict[str, int] = {}
         self._verification: Verification | None = None
+        #: What was verified in this step, for proposers that read the target's logits.
+        self._verified: VerifyInput | None = None
         self._state: Any = None
         self._clock = StepClock()
 
@@ -302,9 +305,11 @@ class V1Adapter:
             vocabulary = vocabulary[index]
         return DraftProbabilities(kept.values[index], vocabulary, sampled)
 
-    def verified(self, verification: Verification) -> None:
-        """The bridge reports what it decided."""
+    def verified(self, batch: VerifyInput, verification: Verification) -> None:
+        """The bridge reports what it decided, and on what."""
         self._verification = verification
+        if Needs.TARGET_LOGITS in self._needs:
+            self._verified = batch
 
     # The step.
 
@@ -318,7 +323,7 @@ class V1Adapter:
             self._state = None
         if state is not None:
             self._finish_step(state, output)
-        self._verification = None
+        self._verification = self._verified = None
         self._clock.end_step()
         return output
 
@@ -462,6 +467,26 @@ class V1Adapter:
             hidden_states=hidden,
             cache_salts=requests.cache_salts if Needs.CACHE_SALT in self._needs else None,
             length_control=self.length_control,
+            target_rows=self._target_rows(sampled_token_ids, num_draft, row_array),
+        )
+
+    def _target_rows(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_draft: Sequence[int],
+        rows: NDArray[np.int64],
+    ) -> TargetRows | None:
+        """What the step's verification computed past the token it ended with, of some requests."""
+        verified = self._verified
+        if verified is None or not num_draft:
+            return None
+        accepted = np.array([max(len(tokens) - 1, 0) for tokens in sampled_token_ids])
+        return TargetRows.after(
+            verified.target_logits,
+            verified.bonus_logits,
+            np.array(num_draft, dtype=np.int64),
+            accepted,
+            rows,
         )
 
     def _follow(

@@ -266,7 +266,7 @@ class VerifierBridge(RejectionSampler):
             history=adapter.token_history(requests),
         )
         verification = self._verify(batch, requests.verifiers)
-        adapter.verified(verification)
+        adapter.verified(batch, verification)
         return verification.token_ids.to(torch.int32)
 
     def _verify(self, batch: VerifyInput, names: list[str]) -> Verification:
