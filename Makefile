@@ -25,12 +25,14 @@ demo: set-up  ## plain decoding, vLLM's ngram and ours, served and compared (MOD
 test test-all: export OMP_NUM_THREADS := 1
 test test-all: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test test-all: export VLLM_CPU_KVCACHE_SPACE := 1
+# A file stays with one process: its engines are shared by its tests.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 test: set-up  ## the test suite without the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(SPREAD)
 
 test-all: set-up  ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
 
 lint: set-up  ## ruff and basedpyright
 	$(BIN)/ruff check .
