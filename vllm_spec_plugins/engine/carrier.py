@@ -89,6 +89,9 @@ class PluginSpeculativeConfig(SpeculativeConfig):
     """`PluginSettings` as plain values."""
     spec_plugins_counters: str = ""
     """File of the counters that workers write and the front end reads; "" = none."""
+    spec_plugins_replicas: int = 1
+    """Data-parallel engines that share the file. A replica of a dense model is told by vLLM that
+    it is the only one."""
 
     @property
     def settings(self) -> PluginSettings:
@@ -103,11 +106,10 @@ class PluginSpeculativeConfig(SpeculativeConfig):
     def counters(self) -> Source:
         """Where its workers count, and under which names."""
         settings = self.settings
-        assert self.target_parallel_config is not None
         assert self.target_model_config is not None
         return Source(
             path=self.spec_plugins_counters,
-            replicas=self.target_parallel_config.data_parallel_size,
+            replicas=self.spec_plugins_replicas,
             model=str(self.target_model_config.served_model_name),
             proposer=settings.proposer.name if settings.proposer else str(self.method),
             verifiers=tuple(settings.verifiers_allowed) or ("vllm",),

@@ -88,14 +88,16 @@ def build(
     # choices decide then how many tokens each request drafts.
     if engine_args.async_scheduling is None:
         engine_args.async_scheduling = False
+    replicas = target_parallel_config.data_parallel_size
     ours = PluginSpeculativeConfig(
         **native,
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
         spec_plugins=settings.model_dump(mode="json"),
         spec_plugins_counters=SharedCounters.create(
-            target_parallel_config.data_parallel_size, max(len(settings.verifiers_allowed), 1)
+            replicas, max(len(settings.verifiers_allowed), 1)
         ),
+        spec_plugins_replicas=replicas,
     )
     follow(ours.counters)
     if wants_draft_head(settings):
