@@ -84,6 +84,17 @@ def test_a_finished_request_is_kept_until_its_place_is_needed(
     counts.spec_request_finished("nobody")
 
 
+def test_a_long_request_outlives_many_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_counters, "REQUESTS", 3)
+    path = SharedCounters.create(2, 2)
+    counts, found = writer(path), SharedCounters(path, 2, 2)
+    for i in range(7):
+        counts.spec_step_finished(step(["long", str(i)], ["typical"] * 2, [1, 1], [1, 1], [0.5, 0]))
+        counts.spec_request_finished(str(i))
+    assert found.of_request("long") == (1, 7, 3.5)
+    assert found.of_request("6") == (1, 1, 0)
+
+
 def test_another_process_sees_the_numbers_and_does_not_remove_the_file(path: str) -> None:
     code = (
         "import sys; from vllm_spec_plugins.shared_counters import SharedCounters; "

@@ -125,10 +125,13 @@ class CountersWriter:
             self._owner_of[slot] = None
 
     def _slot(self, request_id: str, verifier: str) -> int:
-        """Where a request is recorded; a new one takes the place that was taken longest ago."""
+        """Where a request is recorded; a new one takes the place of one that finished long ago."""
         slot = self._slot_of.get(request_id)
         if slot is None:
-            slot, self._next = self._next, (self._next + 1) % len(self._owner_of)
+            size = len(self._owner_of)
+            turns = (i % size for i in range(self._next, self._next + size))
+            slot = next((i for i in turns if self._owner_of[i] is None), self._next)
+            self._next = (slot + 1) % size
             previous = self._owner_of[slot]
             if previous is not None:  # more at a time than are kept: it starts again
                 del self._slot_of[previous]
