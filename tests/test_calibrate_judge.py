@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -465,3 +466,25 @@ def test_command_says_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "judge.safetensors").exists()
     missing = str(tmp_path / "no folder" / "head")
     assert "there is no folder" in calibrate(str(tiny), "--labels", "x", "--output", missing)[1]
+
+
+def test_every_prompt_shows_whether_the_draft_model_has_another_tokenizer(
+    tiny: Path, tmp_path: Path
+) -> None:
+    draft = tmp_path / "draft"
+    shutil.copytree(tiny, draft)
+    tokenizer = Tokenizer.from_file(str(draft / "tokenizer.json"))
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save(str(draft / "tokenizer.json"))
+    prompts = write_lines(tmp_path / "prompts.jsonl", {"prompt": "import"}, {"prompt": "a zebra"})
+    nothing = write_lines(tmp_path / "nothing.jsonl")
+    output = ("--output", str(tmp_path / "judge.safetensors"))
+    for given, message in (
+        (prompts, "has another tokenizer than the target"),
+        (nothing, "there are no prompts in"),
+    ):
+        code, said = calibrate(
+            str(tiny), "--prompts", str(given), "--draft", str(draft), "--checker", "cat", *output
+        )
+        assert code == 1, said
+        assert message in said

@@ -250,10 +250,14 @@ def _mine(
     """Find labels; what was found before is taken from the folder beside the output."""
     texts = dict.fromkeys(text.text for text in Corpus(mining.prompts))
     prompts = list(islice(texts, mining.num_prompts))
+    if not prompts:
+        raise SpecPluginsError(f"there are no prompts in {', '.join(mining.prompts)}")
     draft_folder, _ = model_to_serve(mining.draft, engine.threads)
-    if TextTokenizer(draft_folder).encode(prompts[:20])[0].tolist() != (
-        tokenizer.encode(prompts[:20])[0].tolist()
-    ):
+    own, of_draft = (
+        [ids.tolist() for ids in each.encode(prompts[:20])]
+        for each in (tokenizer, TextTokenizer(draft_folder))
+    )
+    if own != of_draft:
         raise SpecPluginsError(
             f"the draft model {mining.draft} has another tokenizer than the target: its tokens "
             "mean something else"
