@@ -552,6 +552,8 @@ def test_bench_compares_repeat_by_repeat() -> None:
         ([*BENCH, NGRAM_CONFIG, "--speculative-config", NGRAM_CONFIG], "is given twice"),
         (["bench", "nanno", "--speculative-config", NGRAM_CONFIG], 'Did you mean "nano"'),
         ([*BENCH, '{"method": "ngram", "verifier": "typicl"}'], 'Did you mean "typical"'),
+        ([*BENCH, '{"method": "ngram", "verifier": {"k": 2}}'], '"verifier" takes a name or'),
+        ([*BENCH, '{"method": "ngram", "verifier": 3}'], '"verifier" takes a name or'),
     ],
 )
 def test_bench_refuses_before_a_server_starts(arguments: list[str], message: str) -> None:

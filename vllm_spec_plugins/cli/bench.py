@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
+from vllm_spec_plugins.errors import ConfigError, SpecPluginsError, listed
 from vllm_spec_plugins.registry import Kind, installed
 
 from .comparison import distinct_ngram_share
@@ -302,7 +302,12 @@ def guarantee_of(config: dict[str, Any] | None) -> str:
         if str(config.get("method")) not in plugins.names(Kind.PROPOSER):
             return "-"
         verifier = "lossless"
-    name = verifier if isinstance(verifier, str) else str(verifier["name"])
+    name = verifier.get("name") if isinstance(verifier, dict) else verifier
+    if not isinstance(name, str):
+        raise ConfigError(
+            f'"verifier" takes a name or {{"name": ..., options}}, got {verifier!r}. '
+            f"Installed: {listed(plugins.names(Kind.VERIFIER))}."
+        )
     return plugins.load(Kind.VERIFIER, name).guarantee.value
 
 
