@@ -53,9 +53,11 @@ class SharedCounters:
         """A file of zeros, removed when this process exits. Returns its path."""
         size = replicas * (verifiers * len(COUNTED) * 8 + REQUESTS * _REQUEST.itemsize)
         handle, path = tempfile.mkstemp(prefix="vllm_spec_plugins_", suffix=".counters")
-        os.truncate(handle, size)
         os.close(handle)
         atexit.register(_remove, Path(path), os.getpid())
+        # Written, not only made so long: a full disk is an error here, and not the end of the
+        # worker that writes to the map.
+        Path(path).write_bytes(bytes(size))
         return path
 
     def of_request(self, request_id: str) -> tuple[int, float, float] | None:
