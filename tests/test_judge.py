@@ -312,6 +312,15 @@ def test_spans_follow_a_text_and_forget_it() -> None:
     assert not TokenSpans(12, [])
 
 
+def test_a_text_that_cannot_be_read_may_be_inside_a_span() -> None:
+    """A prompt of embeddings: who relaxes outside of spans alone leaves it exact."""
+    spans = TokenSpans(12, [[OPEN, CLOSE]])
+    assert spans.inside(drafted([[], [1]], [[3, CLOSE, 3], [3]])).tolist() == [
+        *(True, True, False),
+        False,
+    ]
+
+
 def test_spans_of_a_step_without_drafts() -> None:
     """Such as the one that reads a prompt."""
     spans = TokenSpans(12, [[OPEN, CLOSE]])

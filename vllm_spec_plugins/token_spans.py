@@ -40,7 +40,10 @@ class TokenSpans:
         return self._any
 
     def inside(self, batch: VerifyInput) -> Tensor:
-        """`[N]` bool, draft tokens inside a span; the token that opens one is not."""
+        """`[N]` bool, draft tokens inside a span; the token that opens one is not.
+
+        A text that cannot be read, whose prompt came as embeddings, counts as inside.
+        """
         ids, device = batch.draft_token_ids, batch.draft_token_ids.device
         if self._kind.device != device:
             self._kind = self._kind.to(device)
@@ -74,4 +77,5 @@ class TokenSpans:
                 if len(marks):
                     self._read.values[row, 1] = kinds[marks[-1]] == _OPENS
                 self._read.values[row, 0] = end
-        return torch.from_numpy(self._read.values[table, 1] > 0).to(batch.num_draft.device)
+        is_open = (self._read.values[table, 1] > 0) | (history.num_tokens == 0)
+        return torch.from_numpy(is_open).to(batch.num_draft.device)
