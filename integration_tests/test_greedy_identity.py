@@ -48,6 +48,7 @@ CONFIGURATIONS = {
     "ngram of vLLM": {**NGRAM, **LOSSLESS},
     "draft_model of vLLM": {**DRAFT_MODEL, **LOSSLESS},
     "third party": {"method": "acme_sampled", "num_speculative_tokens": 4},
+    "jacobi": {"method": "jacobi", "num_speculative_tokens": 4},
     "early_exit": {**EARLY_EXIT, "exit_layer": 1},
     "early_exit, adapter": {**EARLY_EXIT, "adapter": ""},
     "early_exit, exit chosen, del": {**EARLY_EXIT, "length_control": "del"},

@@ -65,6 +65,7 @@ EARLY_EXIT = {
     "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
     "exit_layer": 2,
 }
+JACOBI = {"method": "jacobi", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
 #: Replaced by a file of 10 of the 16 tokens.
 RANKED = {"file": "RANKED", "size": 10}
 CONFIDENCE = {"name": "confidence", "threshold": 0.5}
@@ -94,6 +95,7 @@ CONFIGURATIONS = {
         "exit_layers": [1, 2, 3],
         "exit_confidence": 0.5,
     },
+    "jacobi, maximal": {**JACOBI, "filler": "random"},
 }
 MORE_CONFIGURATIONS = {
     "ngram of vLLM": {**NGRAM, "verifier": "lossless"},
@@ -109,6 +111,15 @@ MORE_CONFIGURATIONS = {
     "early_exit, expected_speedup": {
         **EARLY_EXIT,
         "length_control": {"name": "expected_speedup", "cost_ratio": 0.1},
+    },
+    "jacobi, gumbel, compact": {**JACOBI, "coupling": "gumbel", "draft_top_k": 5},
+    "jacobi, block": {**JACOBI, "coupling": "none", "filler": "random", "verifier": BLOCK},
+    "jacobi, above, compact": {
+        **JACOBI,
+        "filler": "above",
+        "image_row_length": 2,
+        "image_token_range": [4, 12],
+        "draft_top_k": 5,
     },
     "early_exit, skips": {**EARLY_EXIT, "exit_layer": 4, "skip_attention": [1], "skip_ffn": [2]},
 }
