@@ -469,7 +469,7 @@ def test_command_says_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_every_prompt_shows_whether_the_draft_model_has_another_tokenizer(
-    tiny: Path, tmp_path: Path
+    tiny: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     draft = tmp_path / "draft"
     shutil.copytree(tiny, draft)
@@ -479,6 +479,7 @@ def test_every_prompt_shows_whether_the_draft_model_has_another_tokenizer(
     prompts = write_lines(tmp_path / "prompts.jsonl", {"prompt": "import"}, {"prompt": "a zebra"})
     nothing = write_lines(tmp_path / "nothing.jsonl")
     output = ("--output", str(tmp_path / "judge.safetensors"))
+    monkeypatch.setattr(LocalModel, "load", None)  # said before a model loads
     for given, message in (
         (prompts, "has another tokenizer than the target"),
         (nothing, "there are no prompts in"),
@@ -488,3 +489,4 @@ def test_every_prompt_shows_whether_the_draft_model_has_another_tokenizer(
         )
         assert code == 1, said
         assert message in said
+    assert "there are no labels at" in calibrate(str(tiny), "--labels", "no", *output)[1]

@@ -133,19 +133,24 @@ def run(
     folder, _ = model_to_serve(model, threads or None)
     name = Path(model).name
     chosen = _dtype(folder, dtype)
-    target = LocalModel.load(folder, chosen)
     tokenizer = TextTokenizer(folder)
+    # What is wrong with them is said before the model loads.
+    texts = [] if labels is None else read_labels(labels, tokenizer)
+    sources = None if mining is None else _sources(mining, tokenizer, threads or None)
+    target = LocalModel.load(folder, chosen)
     never = control_token_ids(folder, tokenizer, target.vocab_size).tolist()
 
     report: dict[str, Any] = {}
     if labels is not None:
-        texts = read_labels(labels, tokenizer)
         report["labels"] = {"from": "marked answers", "file": labels.name}
     else:
         assert mining is not None
         assert checker is not None
+        assert sources is not None
         engine = Engine(chosen, threads or None)
-        mined = _mine(console, folder, tokenizer, mining, checker, engine, never, output)
+        mined = _mine(
+            console, folder, tokenizer, mining, sources, checker, engine, never, output
+        )  # fmt: skip
         texts = mined.texts
         report["labels"] = {
             "from": "mining",
@@ -237,22 +242,19 @@ def tool_calls(tokenizer: TextTokenizer) -> list[list[int]]:
     ]
 
 
-def _mine(
-    console: Console,
-    folder: Path,
-    tokenizer: TextTokenizer,
-    mining: Mining,
-    checker: Checker,
-    engine: Engine,
-    never: Sequence[int],
-    output: Path,
-) -> Mined:
-    """Find labels; what was found before is taken from the folder beside the output."""
+def _sources(
+    mining: Mining, tokenizer: TextTokenizer, threads: int | None
+) -> tuple[list[str], Path]:
+    """The prompts, and the folder of the draft model.
+
+    Raises:
+        SpecPluginsError: There are none, or the draft model's tokens are not the target's.
+    """
     texts = dict.fromkeys(text.text for text in Corpus(mining.prompts))
     prompts = list(islice(texts, mining.num_prompts))
     if not prompts:
         raise SpecPluginsError(f"there are no prompts in {', '.join(mining.prompts)}")
-    draft_folder, _ = model_to_serve(mining.draft, engine.threads)
+    draft_folder, _ = model_to_serve(mining.draft, threads)
     own, of_draft = (
         [ids.tolist() for ids in each.encode(prompts[:20])]
         for each in (tokenizer, TextTokenizer(draft_folder))
@@ -262,6 +264,22 @@ def _mine(
             f"the draft model {mining.draft} has another tokenizer than the target: its tokens "
             "mean something else"
         )
+    return prompts, draft_folder
+
+
+def _mine(
+    console: Console,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    mining: Mining,
+    sources: tuple[list[str], Path],
+    checker: Checker,
+    engine: Engine,
+    never: Sequence[int],
+    output: Path,
+) -> Mined:
+    """Find labels; what was found before is taken from the folder beside the output."""
+    prompts, draft_folder = sources
     draft = LocalModel.load(draft_folder, _dtype(draft_folder, "auto"))
     longest = mining.max_tokens + max(
         len(ids) for ids in tokenizer.encode(prompts, special_tokens=True)
