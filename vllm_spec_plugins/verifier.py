@@ -234,8 +234,9 @@ class VerifyInput:
         chosen[requests] = True
         tokens = chosen[self.request_of].nonzero().squeeze(1)
         q = self.draft_probabilities
+        on_host = requests.cpu().numpy()  # once: every look at a device waits for it
         return VerifyInput(
-            [self.request_ids[int(i)] for i in requests],
+            [self.request_ids[int(i)] for i in on_host],
             self.target_logits[tokens],
             self.bonus_logits[requests],
             self.draft_token_ids[tokens],
@@ -249,7 +250,7 @@ class VerifyInput:
             all_greedy=self.all_greedy,
             any_greedy=self.any_greedy,
             constrained=None if self.constrained is None else self.constrained[requests],
-            history=None if self.history is None else self.history.select(requests.cpu().numpy()),
+            history=None if self.history is None else self.history.select(on_host),
         )
 
 
