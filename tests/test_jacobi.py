@@ -245,7 +245,7 @@ class Texts:
         problem: ToyProblem,
         proposer: Jacobi,
         *,
-        samples: int = 40_000,
+        samples: int = 25_000,
         length: int = 6,
         ragged: bool = False,
         rule: str = "token",
