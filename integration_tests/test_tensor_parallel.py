@@ -23,6 +23,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "min_acceptance": 0.05,
         "verifier": "lossless",
     },
+    #: Ranks must have the same logits, not only the same tokens.
+    "jacobi": {"method": "jacobi", "num_speculative_tokens": 4, "filler": "random"},
     "early_exit": {**EARLY_EXIT, "length_control": {"name": "confidence", "threshold": 0.2}},
     #: Rows of the head are gathered from both ranks.
     "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": {"file": "", "dynamic_tokens": 32}},
