@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,32 @@ def test_a_preempted_request_is_forgotten_and_comes_back(
     assert any(preempted[0] in ids for ids in probe.asked[len(probe.asked) // 2 :])
     assert texts == wanted
     assert states == 1
+
+
+def test_verifiers_remember_a_preempted_request() -> None:
+    """What it has paid of `max_total_variation`, say; drafting starts anew."""
+    from vllm_spec_plugins.engine.v1_runner import V1Adapter
+    from vllm_spec_plugins.step_clock import StepClock
+
+    by_drafting: list[str] = []
+    by_verifying: list[str] = []
+    adapter: Any = object.__new__(V1Adapter)
+    adapter.__dict__.update(
+        proposer=SimpleNamespace(finish=by_drafting.extend),
+        length_control=SimpleNamespace(finish=by_drafting.extend),
+        verifiers={"lossless": SimpleNamespace(finish=by_verifying.extend)},
+        requests=SimpleNamespace(remove=lambda _: None),
+        runner=SimpleNamespace(input_batch=SimpleNamespace(generators={})),
+        _ranked=None,
+        _row_in_draft={},
+        _is_first_rank=False,
+        _clock=StepClock(),
+        _update_states_by_vllm=lambda _: None,
+    )
+    step = {"preempted_req_ids": {"preempted"}, "scheduled_new_reqs": []}
+    adapter.update_states(SimpleNamespace(finished_req_ids={"finished"}, **step))
+    assert by_drafting == ["finished", "finished", "preempted", "preempted"]
+    assert by_verifying == ["finished"]
 
 
 def test_nothing_is_left_of_many_requests(llm: Any, adapter_of: Any) -> None:

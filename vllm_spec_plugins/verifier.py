@@ -301,7 +301,7 @@ class Verifier(ABC):
         """Verify one step."""
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        """Forget requests that are gone."""
+        """Forget requests that finished or were aborted. Not called for preemption."""
 
 
 class AcceptanceRule(Verifier):

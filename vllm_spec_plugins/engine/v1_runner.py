@@ -197,12 +197,14 @@ class V1Adapter:
         gone = list(scheduler_output.finished_req_ids)
         if gone:
             self._forget(gone)
+            for verifier in self.verifiers.values():
+                verifier.finish(gone)
             for request_id in gone:
                 self.requests.remove(request_id)
                 if self._is_first_rank:
                     tell(self._observers, "spec_request_finished", request_id=request_id)
         if preempted := list(scheduler_output.preempted_req_ids or ()):
-            self._forget(preempted)
+            self._forget(preempted)  # verifiers remember: what a request has paid, say
         for new in scheduler_output.scheduled_new_reqs:
             self.requests.add(new.req_id, new.sampling_params, new.prompt_embeds is None)
         result = self._update_states_by_vllm(scheduler_output)
@@ -214,13 +216,12 @@ class V1Adapter:
         return result
 
     def _forget(self, request_ids: Sequence[str]) -> None:
+        """What drafting remembers of requests that are gone or preempted."""
         if self.proposer is not None:
             self.proposer.finish(request_ids)
         if self._ranked is not None:
             self._ranked.finish(request_ids)
         self.length_control.finish(request_ids)
-        for verifier in self.verifiers.values():
-            verifier.finish(request_ids)
         for request_id in request_ids:
             self._row_in_draft.pop(request_id, None)
 
