@@ -60,9 +60,10 @@ from vllm_spec_plugins.vocabulary_passes import first_argmax
 
 from .jacobi_coupling import draw_fresh, draw_maximal, draw_race, law_of
 from .jacobi_drafts import Drafts, Places
-from .jacobi_filler import Filler, Place, fill, tokens_above, uniform_law
+from .jacobi_filler import Filler, copy_from_above, tokens_above, uniform_law
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
@@ -148,7 +149,7 @@ class Jacobi(Proposer):
         if known.any():
             self._draw(batch, drafts, Places.between(0 * known, known))
         if (known < batch.max_draft).any():
-            self._fill(batch, drafts, Places.between(known, batch.max_draft))
+            self._fill(batch, drafts, known)
         if self.options.coupling == "maximal":
             self._last = drafts
             self._row_in_last = {name: i for i, name in enumerate(batch.request_ids)}
@@ -214,41 +215,39 @@ class Jacobi(Proposer):
             Purpose.COUPLED_DRAFT,
         )
 
-    def _fill(self, batch: DraftInput, drafts: Drafts, places: Places) -> None:
-        """Draft tokens at places of which no law is known, from left to right."""
+    def _fill(self, batch: DraftInput, drafts: Drafts, known: NDArray[np.int64]) -> None:
+        """Draft tokens at the places of which no law is known, from column `known` on, `[R]`."""
         device, options = self.context.device, self.options
-        table = drafts.token_ids
-        random = torch.zeros_like(table)
+        places = Places.between(known, batch.max_draft)
         u = self._fresh(batch, places)
-        index = places.index(device)
-        random[index] = self._random[(u * len(self._random)).long()]
-        empty = torch.zeros_like(table, dtype=torch.bool)
-        empty[index] = True
-        above = torch.full_like(table, -1)
-        if options.image_row_length is not None:
-            verified = tokens_above(
-                batch.token_history,
-                batch.rows,
-                batch.num_tokens,
-                options.image_row_length,
-                table.shape[1],
-            )
-            above = torch.from_numpy(verified).to(device)
-        is_random = torch.zeros_like(empty)
-        begin = int(places.columns.min())
-        left = table[:, begin - 1]
-        if begin == 0:
-            left = torch.from_numpy(batch.last_token_ids).to(device, torch.int64)
-        for column in range(begin, table.shape[1]):
-            higher = above[:, column]
-            if options.image_row_length is not None and column >= options.image_row_length:
-                higher = table[:, column - options.image_row_length]
-            place = Place(left, higher, random[:, column])
-            token_ids, is_random[:, column] = fill(options.filler, place, self._codes)
-            left = torch.where(empty[:, column], token_ids, table[:, column])
-            table[:, column] = left
+        random = self._random[(u * len(self._random)).long()]
         draws = torch.from_numpy(batch.temperatures[places.requests] > 0).to(device)
-        drafts.put(places, table[index], self._uniform, is_random[index] & draws)
+        if options.filler == "random":
+            drafts.put(places, random, self._uniform, draws)
+            return
+        last = torch.from_numpy(batch.last_token_ids).to(device, torch.int64)
+        text = torch.cat([last.unsqueeze(1), drafts.token_ids], dim=1)
+        if options.filler == "repeat_left":
+            left = text[Places(places.requests, known[places.requests]).index(device)]
+            drafts.put(places, left, None, torch.zeros_like(draws))
+            return
+        assert options.image_row_length is not None
+        verified = tokens_above(
+            batch.token_history,
+            batch.rows,
+            batch.num_tokens,
+            options.image_row_length,
+            drafts.token_ids.shape[1],
+        )
+        token_ids, is_random = copy_from_above(
+            text,
+            places,
+            torch.from_numpy(verified).to(device),
+            options.image_row_length,
+            random,
+            self._codes,
+        )
+        drafts.put(places, token_ids, self._uniform, is_random & draws)
 
 
 def _codes(options: JacobiOptions, facts: ModelFacts) -> tuple[int, int]:

@@ -12,7 +12,6 @@ before its place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,42 +21,47 @@ from torch import Tensor
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 
+from .jacobi_drafts import Places
+
 Filler = Literal["random", "repeat_left", "above"]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One column of the drafts of R requests, to be filled.
-
-    Attributes:
-        left: `[R]` int64 token before it.
-        above: `[R]` int64 token a row of the image higher, -1 where there is none.
-        random: `[R]` int64 a random token.
-    """
-
-    left: Tensor
-    above: Tensor
-    random: Tensor
-
-
-def fill(filler: Filler, place: Place, codes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """`[R]` int64 tokens, and `[R]` bool which of them are random.
+def copy_from_above(
+    text: Tensor,
+    places: Places,
+    verified: Tensor,
+    row_length: int,
+    random: Tensor,
+    codes: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Filler `above`, column by column: what is filled may stand above what comes later.
 
     Args:
-        filler: How.
-        place: What stands around it.
+        text: `[R, 1 + K]` int64, the last verified token and the draft; places are filled in.
+        places: n of the draft.
+        verified: `[R, K]` int64 from `tokens_above`.
+        row_length: Tokens from a code to the one below it.
+        random: `[n]` int64 random tokens.
         codes: `[first, last + 1)` ids of image codes.
+
+    Returns:
+        `[n]` int64 tokens, and `[n]` bool which of them are random.
     """
-    if filler == "random":
-        return place.random, torch.ones_like(place.random, dtype=torch.bool)
-    if filler == "repeat_left":
-        return place.left, torch.zeros_like(place.left, dtype=torch.bool)
-    has_above, has_left = (
-        (tokens >= codes[0]) & (tokens < codes[1]) for tokens in (place.above, place.left)
-    )
-    copied = torch.where(has_above, place.above, place.left)
-    is_copy = has_above | has_left
-    return torch.where(is_copy, copied, place.random), ~is_copy
+    draft, index = text[:, 1:], places.index(text.device)
+    empty = torch.zeros_like(draft, dtype=torch.bool)
+    empty[index] = True
+    chance = torch.zeros_like(draft)
+    chance[index] = random
+    is_random = torch.zeros_like(empty)
+    for column in range(int(places.columns.min()), draft.shape[1]):
+        above = verified[:, column] if column < row_length else draft[:, column - row_length]
+        left = text[:, column]
+        has_above, has_left = ((t >= codes[0]) & (t < codes[1]) for t in (above, left))
+        filled = torch.where(has_left, left, chance[:, column])
+        filled = torch.where(has_above, above, filled)
+        draft[:, column] = torch.where(empty[:, column], filled, draft[:, column])
+        is_random[:, column] = ~(has_above | has_left)
+    return draft[index], is_random[index]
 
 
 def tokens_above(

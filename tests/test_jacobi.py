@@ -27,7 +27,8 @@ from vllm_spec_plugins.proposers.jacobi_coupling import (
     law_of,
     weights_of_others,
 )
-from vllm_spec_plugins.proposers.jacobi_filler import Place, fill, tokens_above, uniform_law
+from vllm_spec_plugins.proposers.jacobi_drafts import Places
+from vllm_spec_plugins.proposers.jacobi_filler import copy_from_above, tokens_above, uniform_law
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
@@ -681,20 +682,29 @@ def test_greedy_and_sampled_requests_side_by_side() -> None:
 # --- fillers ------------------------------------------------------------------------------------
 
 
-def test_fillers() -> None:
-    codes = (4, 8)
-    place = Place(
-        left=torch.tensor([5, 5, 1, 5]),
-        above=torch.tensor([6, 1, 1, -1]),
-        random=torch.tensor([7, 7, 7, 7]),
-    )
-    found = {name: fill(name, place, codes) for name in ("random", "repeat_left", "above")}
-    assert found["random"][0].tolist() == [7, 7, 7, 7]
-    assert found["random"][1].all()
-    assert found["repeat_left"][0].tolist() == [5, 5, 1, 5]
-    assert not found["repeat_left"][1].any()
-    assert found["above"][0].tolist() == [6, 5, 7, 5]
-    assert found["above"][1].tolist() == [False, False, True, False]
+def test_copies_from_above() -> None:
+    """The code above, else the one before, else a random token; drafted tokens are left alone."""
+    text = torch.tensor([[5, 7, -1, -1, -1], [1, -1, -1, -1, -1], [5, -1, -1, -1, -1]])
+    verified = torch.tensor([[6, 1, 4, 6], [1, 1, 5, 1], [4, 1, 1, -1]])
+    places = Places.between(np.array([1, 0, 0]), np.array([4, 4, 2]))
+    random = torch.tensor([2] * len(places))
+    found, is_random = copy_from_above(text, places, verified, 3, random, (4, 8))
+    # Column 3 is below column 0 of the draft.
+    assert found.tolist() == [7, 4, 7, 2, 2, 5, 5, 4, 4]
+    assert is_random.tolist() == [False] * 3 + [True, True] + [False] * 4
+
+
+def test_repeated_and_random_tokens() -> None:
+    history = np.array([[3, 3, 5], [3, 6, 0]], dtype=np.int32)
+    logits = torch.full((1, 3, 8), -30.0)
+    logits[0, 1:, 4] = 0
+    rows = rows_of(logits.expand(2, -1, -1), [2, 0])
+    batch = draft_input("ab", [4, 3], rows, history=history, num_tokens=np.array([3, 2]))
+    repeated = proposer_of(8, 4, filler="repeat_left").propose(batch)
+    assert torch.as_tensor(repeated.token_ids).tolist() == [[4, 4, 4, 4], [6, 6, 6, -1]]
+    assert repeated.probabilities is not None
+    assert repeated.probabilities.sampled is not None
+    assert repeated.probabilities.sampled.tolist() == [[True, True, False, False], [False] * 4]
 
 
 def test_tokens_above() -> None:
