@@ -168,7 +168,7 @@ def tallies(llm: Any) -> dict[str, dict[str, float]]:
     return {
         row["verifier"]: {
             **{key: row[key] for key in ("steps", "drafted", "accepted")},
-            "price": row["total_variation_price"] * row["drafted"],
+            "price": row["total_variation_price"] * row["examined"],
         }
         for row in metrics["by_method"]
     }

@@ -136,12 +136,16 @@ def test_the_distance_of_the_texts_is_the_price_in_the_metrics(
         assert set(drafted) == {2 if name == "fly" else 1}
         # Single requests add up to what the metrics say.
         prices = torch.tensor(
-            [r.total_variation_price * r.num_draft_tokens for r in reports], dtype=torch.float64
+            [r.total_variation_price * r.num_examined_draft_tokens for r in reports],
+            dtype=torch.float64,
         )
         tally = tallies[name]
         assert tally["drafted"] == sum(drafted)
+        examined = sum(report.num_examined_draft_tokens for report in reports)
+        assert tally["examined"] == examined
+        assert examined == sum(drafted) if name != "fly" else examined <= sum(drafted)
         assert tally["total_variation_price"] == pytest.approx(
-            float(prices.sum()) / sum(drafted), abs=1e-9
+            float(prices.sum()) / examined, abs=1e-9
         )
         if name == "lossless":
             counts = torch.bincount(tokens[:, 0] * VOCABULARY + tokens[:, 1], minlength=256)
@@ -177,7 +181,7 @@ def test_a_limit_keeps_each_requests_mean_price_near_it(serve_narrow: Any) -> No
             prices[maximum] = [
                 o.outputs[0].spec_decode_metrics.total_variation_price for o in outputs
             ]
-    # Per draft token verified, of which some are not looked at: below the limit, or near it.
+    # It is checked between steps: near the limit.
     assert sum(prices[None]) / 16 > 2 * limit
     assert max(prices[limit]) < limit + 0.02
     assert min(prices[limit]) > limit / 4

@@ -89,7 +89,7 @@ def test_answers_and_metrics_agree_on_the_price(server: Server) -> None:
     for verifier, answer in zip(wanted, answers, strict=True):
         report = answer["metrics"]["speculative_decoding"]
         assert report["verifier"] == (verifier or "lossless")
-        price = report["total_variation_price"] * report["num_draft_tokens"]
+        price = report["total_variation_price"] * report["num_examined_draft_tokens"]
         sums = paid.setdefault(report["verifier"], [0, 0, 0])
         for i, value in enumerate(
             (report["num_draft_tokens"], report["num_accepted_draft_tokens"], price)

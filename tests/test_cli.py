@@ -527,7 +527,8 @@ def test_bench_compares_repeat_by_repeat() -> None:
         "vllm:spec_decode_num_drafts_total": 10.0,
         "vllm:spec_decode_num_draft_tokens_total": 20.0,
         "vllm:spec_decode_num_accepted_tokens_total": 15.0,
-        "vllm_spec_plugins:draft_tokens_total": 20.0,
+        "vllm_spec_plugins:draft_tokens_total": 40.0,
+        "vllm_spec_plugins:examined_tokens_total": 20.0,
         "vllm_spec_plugins:total_variation_total": 2.0,
     }
     plain = bench.Measured([100.0, 10.0, 100.0], [{}] * 3, [[1, 2], [3, 4]])

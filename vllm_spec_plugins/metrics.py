@@ -35,6 +35,14 @@ class Tally:
         return sum(accepted * times for (_, accepted), times in self.outcomes.items())
 
     @property
+    def examined(self) -> int:
+        """Draft tokens a verdict depended on: the accepted ones and the first rejected."""
+        return sum(
+            min(accepted + 1, drafted) * times
+            for (drafted, accepted), times in self.outcomes.items()
+        )
+
+    @property
     def acceptance_length(self) -> float:
         """Tokens emitted per verification of a draft, the bonus token included."""
         return 1 + self.accepted / self.steps if self.steps else 1.0
@@ -57,8 +65,8 @@ class Tally:
 
     @property
     def total_variation_price(self) -> float:
-        """Mean distance to the target's law paid per draft token; 0 when lossless."""
-        return self.extra_acceptance / self.drafted if self.drafted else 0.0
+        """Mean distance to the target's law paid per examined draft token; 0 when lossless."""
+        return self.extra_acceptance / self.examined if self.drafted else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -66,6 +74,7 @@ class Tally:
             "steps": self.steps,
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "examined": self.examined,
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
             "acceptance_rate_at": self.acceptance_rate_at,

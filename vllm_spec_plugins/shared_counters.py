@@ -19,11 +19,11 @@ import numpy as np
 from .hookspecs import StepRecord, hookimpl
 
 #: What is counted for each verifier.
-COUNTED = ("steps", "draft_tokens", "accepted_tokens", "total_variation")
+COUNTED = ("steps", "draft_tokens", "accepted_tokens", "examined_tokens", "total_variation")
 #: Requests of which a record is kept: those running, and those that finished last.
 REQUESTS = 4096
 
-_REQUEST = np.dtype([("key", "u8"), ("verifier", "i8"), ("draft_tokens", "f8"), ("price", "f8")])
+_REQUEST = np.dtype([("key", "u8"), ("verifier", "i8"), ("examined", "f8"), ("price", "f8")])
 
 
 class SharedCounters:
@@ -35,7 +35,7 @@ class SharedCounters:
         verifiers: How many verifiers are counted apart.
 
     Attributes:
-        methods: `[replicas, verifiers, 4]` float64, columns as in `COUNTED`.
+        methods: `[replicas, verifiers, 5]` float64, columns as in `COUNTED`.
         requests: `[replicas, REQUESTS]` records of single requests.
 
     Raises:
@@ -61,12 +61,12 @@ class SharedCounters:
         return path
 
     def of_request(self, request_id: str) -> tuple[int, float, float] | None:
-        """Verifier, draft tokens verified and summed price of a request; None if not kept."""
+        """Verifier, draft tokens examined and summed price of a request; None if not kept."""
         found = self.requests[self.requests["key"] == key_of(request_id)]
         if not len(found):
             return None
         record = found[0]
-        return int(record["verifier"]), float(record["draft_tokens"]), float(record["price"])
+        return int(record["verifier"]), float(record["examined"]), float(record["price"])
 
 
 def _remove(path: Path, owner: int) -> None:
@@ -103,6 +103,8 @@ class CountersWriter:
     @hookimpl
     def spec_step_finished(self, step: StepRecord) -> None:
         prices = step.extra_acceptance or [0.0] * len(step.request_ids)
+        outcomes = zip(step.num_accepted, step.num_draft, strict=True)
+        examined = [min(accepted + 1, drafted) for accepted, drafted in outcomes]
         for name in set(step.verifiers):
             rows = [i for i, other in enumerate(step.verifiers) if other == name]
             drafted = [step.num_draft[i] for i in rows]
@@ -110,13 +112,14 @@ class CountersWriter:
                 sum(count > 0 for count in drafted),
                 sum(drafted),
                 sum(step.num_accepted[i] for i in rows),
+                sum(examined[i] for i in rows),
                 sum(prices[i] for i in rows),
             )
         if self._of_requests:
             named = zip(step.request_ids, step.verifiers, strict=True)
             slots = [self._slot(request_id, verifier) for request_id, verifier in named]
             # One request is in a step once: no slot is added to twice.
-            self._requests["draft_tokens"][slots] += step.num_draft
+            self._requests["examined"][slots] += examined
             self._requests["price"][slots] += prices
 
     @hookimpl

@@ -45,7 +45,7 @@ SHORT = {"num_speculative_tokens": "K", "draft_sample_method": "drafts"}
 
 MEANING = (
     "length: tokens per verified draft, the bonus token included. accepted: of the draft tokens. "
-    "price: mean total-variation distance to the target's law per draft token. "
+    "price: mean total-variation distance to the target's law per draft token looked at. "
     "8-grams: share of distinct ones; texts that loop are easy to draft."
 )
 
@@ -103,7 +103,7 @@ class Measured:
         drafts = self.total("vllm:spec_decode_num_drafts_total")
         drafted = self.total("vllm:spec_decode_num_draft_tokens_total")
         accepted = self.total("vllm:spec_decode_num_accepted_tokens_total")
-        ours = self.total("vllm_spec_plugins:draft_tokens_total")
+        examined = self.total("vllm_spec_plugins:examined_tokens_total")
         price = self.total("vllm_spec_plugins:total_variation_total")
         ratios = [a / b for a, b in zip(self.speeds, plain.speeds, strict=True)]
         return {
@@ -114,7 +114,7 @@ class Measured:
             "acceptance_length": 1 + accepted / drafts if drafts else None,
             "drafted": round(drafted),
             "accepted": round(accepted),
-            "total_variation_price": price / ours if ours else None,
+            "total_variation_price": price / examined if examined else None,
             "distinct_8gram_share": distinct_ngram_share(self.texts, 8),
             "same_text_as_plain": sum(a == b for a, b in zip(self.texts, plain.texts, strict=True)),
         }

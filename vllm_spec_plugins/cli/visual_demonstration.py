@@ -253,12 +253,8 @@ def _counted(llm: Any, speculative: object) -> tuple[float, float, float]:
     steps = looked_at = price = 0.0
     for row in metrics["by_method"]:
         steps += row["steps"]
-        price += row["total_variation_price"] * row["drafted"]
-        # A position is looked at by every draft that got there.
-        reach = row["steps"]
-        for rate in row["acceptance_rate_at"]:
-            looked_at += reach
-            reach *= rate
+        looked_at += row["examined"]
+        price += row["total_variation_price"] * row["examined"]
     return steps, looked_at, price
 
 

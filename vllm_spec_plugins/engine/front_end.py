@@ -27,8 +27,10 @@ METRICS = {
     "vllm_spec_plugins:steps": "Verifications with at least one draft token, per request.",
     "vllm_spec_plugins:draft_tokens": "Draft tokens verified.",
     "vllm_spec_plugins:accepted_tokens": "Draft tokens accepted.",
+    "vllm_spec_plugins:examined_tokens": "Draft tokens a verdict depended on: the accepted ones "
+    "and the first rejected of each draft.",
     "vllm_spec_plugins:total_variation": "Total-variation distance to the target's law paid by "
-    "relaxed verification, summed over draft tokens. Divided by draft_tokens: the mean price.",
+    "relaxed verification, summed over draft tokens. Divided by examined_tokens: the mean price.",
 }
 LABELS = ("model_name", "engine", "proposer", "verifier")
 
@@ -136,15 +138,16 @@ def with_price(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def priced(metrics: Any, request_id: str) -> Any:
-    """vLLM's metrics of one request with our two fields; as they are where we have none."""
+    """vLLM's metrics of one request with our three fields; as they are where we have none."""
     for source in list(_SOURCES.values()):
         found = source.counters.of_request(request_id) if source.counters else None
         if found is not None:
-            verifier, drafted, price = found
+            verifier, examined, price = found
             return _priced_metrics()(
                 **{field.name: getattr(metrics, field.name) for field in fields(metrics)},
                 verifier=source.verifiers[verifier],
-                total_variation_price=price / drafted if drafted else 0.0,
+                num_examined_draft_tokens=round(examined),
+                total_variation_price=price / examined if examined else 0.0,
             )
     return metrics
 
@@ -160,15 +163,18 @@ def _priced_metrics() -> type[Any]:
 
         Attributes:
             verifier: Name of the verifier it was served with.
-            total_variation_price: Mean distance to the target's law per draft token.
+            num_examined_draft_tokens: The accepted ones and the first rejected of each draft.
+            total_variation_price: Mean distance to the target's law per examined draft token.
         """
 
         verifier: str = ""
+        num_examined_draft_tokens: int = 0
         total_variation_price: float = 0.0
 
         def to_dict(self) -> dict[str, Any]:
             ours = {
                 "verifier": self.verifier,
+                "num_examined_draft_tokens": self.num_examined_draft_tokens,
                 "total_variation_price": self.total_variation_price,
             }
             return {**super().to_dict(), **ours}
