@@ -54,7 +54,7 @@ def test_counts_of_two_steps() -> None:
                 "steps": 4,
                 "drafted": 10,
                 "accepted": 6,
-                "examined": 10,
+                "examined": 8,
                 # Four verifications of drafts emitted 4, 1, 2 and 3 tokens.
                 "acceptance_length": 10 / 4,
                 "acceptance_rate": 6 / 10,
