@@ -84,7 +84,7 @@ class Decoded:
     Attributes:
         token_ids: Int64.
         passes: Of the target, over all texts.
-        acceptance_rate_at: At each place of the draft, among drafts that got there.
+        acceptance_rate_at: Accepted at each place of the draft, among drafts as long as that.
     """
 
     token_ids: Tensor
