@@ -45,10 +45,10 @@ def test_steps_add_up_by_replica_and_verifier(path: str) -> None:
     second.spec_step_finished(step(["d"], ["typical"], [1], [1], [0.5]))
     found = SharedCounters(path, 2, 2)
     assert found.methods.tolist() == [
-        [[2, 7, 3, 0], [1, 2, 1, 0.25]],
-        [[0, 0, 0, 0], [1, 1, 1, 0.5]],
+        [[2, 7, 3, 4, 0], [1, 2, 1, 2, 0.25]],
+        [[0, 0, 0, 0, 0], [1, 1, 1, 1, 0.5]],
     ]
-    assert found.of_request("a") == (0, 7, 0)
+    assert found.of_request("a") == (0, 4, 0)
     assert found.of_request("b") == (1, 2, 0.25)
     assert found.of_request("d") == (1, 1, 0.5)
     assert found.of_request("e") is None
@@ -59,7 +59,7 @@ def test_single_requests_only_when_asked_for(path: str) -> None:
     silent.spec_step_finished(step(["a"], ["typical"], [3], [1], [0.5]))
     found = SharedCounters(path, 2, 2)
     assert found.of_request("a") is None
-    assert found.methods[0, 1].tolist() == [1, 3, 1, 0.5]
+    assert found.methods[0, 1].tolist() == [1, 3, 1, 2, 0.5]
 
 
 def test_a_finished_request_is_kept_until_its_place_is_needed(
@@ -98,10 +98,10 @@ def test_a_long_request_outlives_many_short_ones(monkeypatch: pytest.MonkeyPatch
 def test_another_process_sees_the_numbers_and_does_not_remove_the_file(path: str) -> None:
     code = (
         "import sys; from vllm_spec_plugins.shared_counters import SharedCounters; "
-        "SharedCounters(sys.argv[1], 2, 2).methods[1, 1] += (1, 2, 3, 0.5)"
+        "SharedCounters(sys.argv[1], 2, 2).methods[1, 1] += (1, 2, 3, 4, 0.5)"
     )
     subprocess.run([sys.executable, "-c", code, path], check=True)
-    assert SharedCounters(path, 2, 2).methods[1, 1].tolist() == [1, 2, 3, 0.5]
+    assert SharedCounters(path, 2, 2).methods[1, 1].tolist() == [1, 2, 3, 4, 0.5]
 
 
 def test_the_file_goes_with_its_maker() -> None:

@@ -118,7 +118,8 @@ def test_drawn_columns_follow_the_softmax() -> None:
     width, batches = 6, 12 if INTERPRETED else 4000
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(width, 16, generator=generator).to(DEVICE)
-    hidden = torch.randn(1, 16, generator=generator).to(DEVICE).expand(64, 16).contiguous()
+    # Small logits: a law over all columns, which another temperature changes visibly.
+    hidden = 0.3 * torch.randn(1, 16, generator=generator).to(DEVICE).expand(64, 16).contiguous()
     half = torch.full((64,), 0.5, device=DEVICE)
     zeros = torch.zeros(64, dtype=torch.int64, device=DEVICE)
     columns = []
