@@ -398,7 +398,7 @@ class TestEnsure:
     def test_an_unknown_model_is_named_with_its_neighbour(self) -> None:
         with pytest.raises(SpecPluginsError, match=r'no model "nanno".*Did you mean "nano"'):
             zoo.ensure("nanno")
-        with pytest.raises(SpecPluginsError, match="Known: .*expanded, "):
+        with pytest.raises(SpecPluginsError, match=r"Known: .*expanded, "):
             zoo.describe("xyz")
 
     @pytest.mark.parametrize("name", sorted(RECIPES))
