@@ -263,7 +263,7 @@ OPEN, CLOSE, ENDLESS = 7, 8, 9
 
 def drafted(history: list[list[int]], drafts: list[list[int]]) -> VerifyInput:
     """Requests with these texts and drafts."""
-    table = np.zeros((len(history), 32), dtype=np.int32)
+    table = np.zeros((len(history), 600), dtype=np.int32)
     for row, tokens in zip(table, history, strict=True):
         row[: len(tokens)] = tokens
     counts = torch.tensor([len(draft) for draft in drafts])
@@ -288,7 +288,7 @@ def drafted(history: list[list[int]], drafts: list[list[int]]) -> VerifyInput:
 
 
 def test_spans_open_and_close_in_text_and_draft() -> None:
-    spans = TokenSpans(12, [[OPEN, CLOSE], [ENDLESS]])
+    spans = TokenSpans(12, [[OPEN, CLOSE], [ENDLESS]], unreadable_is_inside=True)
     texts = [[1, 2], [1, OPEN, 2], [OPEN, 1, CLOSE], [], [ENDLESS, CLOSE, ENDLESS]]
     drafts = [[OPEN, 3, CLOSE, 4], [3, CLOSE, 4], [3, -1], [], [3, 3]]
     inside = spans.inside(drafted(texts, drafts)).tolist()
@@ -302,28 +302,33 @@ def test_spans_open_and_close_in_text_and_draft() -> None:
 
 
 def test_spans_follow_a_text_and_forget_it() -> None:
-    spans = TokenSpans(12, [[OPEN, CLOSE]])
+    spans = TokenSpans(12, [[OPEN, CLOSE]], unreadable_is_inside=True)
     text = [1, OPEN]
     assert spans.inside(drafted([text], [[3]])).all()
     assert spans.inside(drafted([[*text, 3]], [[3]])).all()
     assert not spans.inside(drafted([[*text, 3, CLOSE]], [[3]])).any()
     spans.finish(["0"])
     assert spans.inside(drafted([text], [[3]])).all()
-    assert not TokenSpans(12, [])
+    assert not TokenSpans(12, [], unreadable_is_inside=True)
 
 
-def test_a_text_that_cannot_be_read_may_be_inside_a_span() -> None:
-    """A prompt of embeddings: who relaxes outside of spans alone leaves it exact."""
-    spans = TokenSpans(12, [[OPEN, CLOSE]])
-    assert spans.inside(drafted([[], [1]], [[3, CLOSE, 3], [3]])).tolist() == [
-        *(True, True, False),
-        False,
-    ]
+def test_a_text_that_cannot_be_read_is_what_the_caller_says() -> None:
+    """A prompt of embeddings: its span counts as open, or as closed, until the draft says."""
+    batch = drafted([[], [1]], [[3, CLOSE, 3, OPEN, 3], [3]])
+    for counts in (True, False):
+        spans = TokenSpans(12, [[OPEN, CLOSE]], unreadable_is_inside=counts)
+        assert spans.inside(batch).tolist() == [*(counts, counts, False, False, True), False]
+
+
+def test_another_text_under_a_name_is_read_anew() -> None:
+    spans = TokenSpans(12, [[OPEN, CLOSE]], unreadable_is_inside=False)
+    assert spans.inside(drafted([[1, OPEN, 2], [1] * 500 + [OPEN]], [[3], [3]])).all()
+    assert not spans.inside(drafted([[1, 2], [1] * 400], [[3], [3]])).any()
 
 
 def test_spans_of_a_step_without_drafts() -> None:
     """Such as the one that reads a prompt."""
-    spans = TokenSpans(12, [[OPEN, CLOSE]])
+    spans = TokenSpans(12, [[OPEN, CLOSE]], unreadable_is_inside=True)
     assert spans.inside(drafted([[1, OPEN]], [[]])).shape == (0,)
     assert spans.inside(drafted([[1, OPEN]], [[3]])).all()
 

@@ -411,16 +411,18 @@ def test_top_k_relaxed_only_between_thinking_tags() -> None:
     logits = torch.zeros(15, 8, dtype=torch.float64)
     logits[:, 0] = 0.1
     batch = step(logits, flat, [3] * 5, temperatures=[0.0] * 5, history=thinking(texts))
-    relaxed = rule._thinking(batch).view(5, 3).int().tolist()
+    thoughts = rule._thinking
+    assert thoughts is not None
+    relaxed = thoughts.inside(batch).view(5, 3).int().tolist()
     assert relaxed == [[0, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 1, 1]]
     assert rule.verify(batch).accepted.tolist() == [0, 2, 0, 3, 0]
     # The next step reads on from where it was; another text under a name is read anew.
     texts = [[1, 2, BEGIN], [1, BEGIN, 2, 1, END, 5], [BEGIN, 1, END, 3, 3], [1, 1], [5] * 400]
     batch = replace(batch, history=thinking(texts))
-    assert rule._thinking(batch).view(5, 3)[:, 0].int().tolist() == [1, 0, 0, 0, 0]
+    assert thoughts.inside(batch).view(5, 3)[:, 0].int().tolist() == [1, 0, 0, 0, 0]
     rule.finish(batch.request_ids)
-    assert not len(rule._read)
-    assert not rule._thinking(replace(batch, history=None)).view(5, 3)[:, 0].any()
+    assert not len(thoughts)
+    assert not thoughts.inside(replace(batch, history=None)).view(5, 3)[:, 0].any()
 
 
 def test_selecting_requests_keeps_their_history_and_their_grammar() -> None:

@@ -71,7 +71,8 @@ class Judge(RelaxedRule):
         judges[torch.tensor([i for i in never if i < vocab_size], dtype=torch.int64)] = False
         #: `[V]` bool, tokens the head has a say in.
         self._judges = judges
-        self._tool_calls = TokenSpans(vocab_size, head.card.tool_calls)
+        # What cannot be read might be a tool call: the head has no say in it.
+        self._tool_calls = TokenSpans(vocab_size, head.card.tool_calls, unreadable_is_inside=True)
 
     @classmethod
     def check(cls, options: VerifierOptions, facts: ModelFacts) -> None:

@@ -12,23 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
-from vllm_spec_plugins.request_table import RequestTable
-from vllm_spec_plugins.verifier import TokenHistory, VerifyInput, token_acceptance
+from vllm_spec_plugins.token_spans import TokenSpans
+from vllm_spec_plugins.verifier import VerifyInput, token_acceptance
 from vllm_spec_plugins.vocabulary_passes import row_blocks
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import EngineContext, ModelFacts
-
-#: More new tokens than any step gives a request that is past its prompt.
-_LONG = 256
 
 
 class TopKRelaxedOptions(RelaxedOptions):
@@ -62,8 +57,13 @@ class TopKRelaxed(RelaxedRule):
 
     def __init__(self, options: TopKRelaxedOptions, context: EngineContext) -> None:
         super().__init__(options, context)
-        #: Of each request: tokens looked at, whether they end inside thinking tags.
-        self._read = RequestTable((0.0, 0.0), capacity=16)
+        self._thinking: TokenSpans | None = None
+        begin, end = options.begin_thinking_token_id, options.end_thinking_token_id
+        if begin is not None and end is not None:
+            # What cannot be read is not known to be a thought: it stays exact.
+            self._thinking = TokenSpans(
+                context.facts.vocab_size, [(begin, end)], unreadable_is_inside=False
+            )
 
     @classmethod
     def check(cls, options: TopKRelaxedOptions, facts: ModelFacts) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -87,67 +87,14 @@ class TopKRelaxed(RelaxedRule):
     def _among_the_best(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M]` bool."""
         stands = among_the_best(batch, rows, self.options.k, self.options.delta)
-        if self.options.begin_thinking_token_id is not None:
-            stands &= self._thinking(batch)[rows]
+        if self._thinking is not None:
+            stands &= self._thinking.inside(batch)[rows]
         return stands
-
-    def _thinking(self, batch: VerifyInput) -> Tensor:
-        """`[N]` bool, whether each draft token comes inside thinking tags."""
-        begin, end = self.options.begin_thinking_token_id, self.options.end_thinking_token_id
-        before = np.zeros(len(batch.num_draft), dtype=np.bool_)
-        if batch.history is not None:
-            before = self._read_on(batch.request_ids, batch.history)
-        device = batch.num_draft.device
-        # The state before draft token j is that after the last tag before it.
-        table = batch.draft_token_ids.new_full((len(before), batch.max_num_draft + 1), -1)
-        table[batch.request_of, batch.index_in_draft + 1] = batch.draft_token_ids
-        is_tag = (table == begin) | (table == end)
-        is_tag[:, 0] = True
-        state = table == begin
-        state[:, 0] = torch.from_numpy(before).to(device)
-        column = torch.arange(table.shape[1], device=device)
-        last_tag = torch.where(is_tag, column, torch.zeros_like(column)).cummax(dim=1).values
-        return state.gather(1, last_tag)[batch.request_of, batch.index_in_draft]
-
-    def _read_on(self, request_ids: Sequence[str], history: TokenHistory) -> NDArray[np.bool_]:
-        """`[R]` whether each request's text so far ends inside thinking tags."""
-        table, stop = self._read.rows(request_ids), history.num_tokens
-        renewed = self._read.values[table, 0] > stop  # another text under the same name
-        self._read.values[table[renewed]] = 0.0
-        start = self._read.values[table, 0].astype(np.int64)
-        # A prompt is read on its own: the others have a step's tokens each.
-        is_long = stop - start > _LONG
-        for group in (np.flatnonzero(~is_long), *np.flatnonzero(is_long)[:, None]):
-            inside = self._read.values[table[group], 1] > 0
-            self._read.values[table[group], 1] = self._ends_inside(
-                history.token_ids, history.rows[group], start[group], stop[group], inside
-            )
-        self._read.values[table, 0] = stop
-        return self._read.values[table, 1] > 0
-
-    def _ends_inside(
-        self,
-        token_ids: NDArray[np.int32],
-        rows: NDArray[np.int64],
-        start: NDArray[np.int64],
-        stop: NDArray[np.int64],
-        inside: NDArray[np.bool_],
-    ) -> NDArray[np.bool_]:
-        """`[G]` whether text ends inside tags that was `inside` at `start`, read to `stop`."""
-        width = int((stop - start).max(initial=0))
-        if not width:
-            return inside
-        columns = start[:, None] + np.arange(width)  # [G, width]
-        unread = columns < stop[:, None]
-        tokens = token_ids[rows[:, None], np.where(unread, columns, 0)]
-        begins = tokens == self.options.begin_thinking_token_id
-        tags = unread & (begins | (tokens == self.options.end_thinking_token_id))
-        last = width - 1 - tags[:, ::-1].argmax(axis=1)
-        return np.where(tags.any(axis=1), begins[np.arange(len(rows)), last], inside)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         super().finish(request_ids)
-        self._read.forget(request_ids)
+        if self._thinking is not None:
+            self._thinking.finish(request_ids)
 
 
 def among_the_best(batch: VerifyInput, rows: Tensor, k: int, delta: float) -> Tensor:
