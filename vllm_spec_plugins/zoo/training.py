@@ -8,7 +8,7 @@ that many layers gives a usable draft.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,29 +68,60 @@ def train(
         checkpoint: File rewritten every `recipe.checkpoint_every` steps.
         on_step: Told after each step, before its checkpoint.
     """
+
+    def initialise(model: Llama) -> None:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        model.initialise(generator)
+        if recipe.architecture.vocabulary > recipe.architecture.hidden_size:
+            start_from_bigrams(model, tokens, generator)  # else there is nothing to factorise
+
+    def learn(model: Llama, step: int) -> float:
+        windows = torch.from_numpy(batch_of_step(tokens, step, recipe))
+        return _learn(model, windows, step, recipe, dtype)
+
+    return run_training(recipe, initialise, learn, checkpoint, on_step)
+
+
+def run_training(
+    recipe: TextRecipe | VisualRecipe,
+    initialise: Callable[[Llama], None],
+    learn: Callable[[Llama, int], float],
+    checkpoint: Path,
+    on_step: OnStep | None,
+) -> Trained:
+    """Every recipe's steps, from the last checkpoint on: schedule, clipping, updates, checkpoints.
+
+    Args:
+        recipe: What to train.
+        initialise: Gives a new model its first weights.
+        learn: Told the model and the step; leaves the step's gradient behind and returns its
+            loss.
+        checkpoint: File rewritten every `recipe.checkpoint_every` steps.
+        on_step: Told after each step, before its checkpoint.
+    """
     model = Llama(recipe.architecture)
     optimizers = make_optimizers(model, recipe)
     losses: list[float] = []
-    seconds, done = 0.0, 0
+    seconds = 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         losses, seconds = state["losses"], state["seconds"]
-        done = len(losses)
     else:
-        generator = torch.Generator().manual_seed(recipe.seed)
-        model.initialise(generator)
-        if recipe.architecture.vocabulary > recipe.architecture.hidden_size:
-            start_from_bigrams(model, tokens, generator)  # else there is nothing to factorise
+        initialise(model)
+    resumed_at = len(losses)
     start = time.perf_counter() - seconds
-    for step in range(done, recipe.steps):
+    for step in range(resumed_at, recipe.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, recipe.steps)
-        windows = torch.from_numpy(batch_of_step(tokens, step, recipe))
-        losses.append(_step(model, optimizers, windows, step, recipe, dtype))
+        losses.append(learn(model, step))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if on_step is not None:
             on_step(step + 1, losses[-1])
         if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
@@ -101,7 +132,7 @@ def train(
                 "seconds": time.perf_counter() - start,
             }
             write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
-    return Trained(model, losses, time.perf_counter() - start, done)
+    return Trained(model, losses, time.perf_counter() - start, resumed_at)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -133,15 +164,14 @@ def _starts_of_pass(seed: int, turn: int, windows: int, length: int) -> list[int
     return (generator.permutation(windows) * length + offset).tolist()
 
 
-def _step(
+def _learn(
     model: Llama,
-    optimizers: Sequence[torch.optim.Optimizer],
     windows: Tensor,
     step: int,
     recipe: TextRecipe,
     dtype: torch.dtype,
 ) -> float:
-    """One update. Returns the last layer's mean cross entropy before it."""
+    """The gradient of one step. Returns the last layer's mean cross entropy."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     exits = recipe.exits[step % max(1, len(recipe.exits)) :][:1]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -159,10 +189,6 @@ def _step(
         torch.cat(hidden), model.head, torch.cat(labels), torch.cat(weights), dtype
     )
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     return losses[:count].mean().item()
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .cache import write_atomically
 from .digits import Digits
 from .image_tokens import BEGIN_ID, ImageTokens
 from .loss import head_cross_entropy
 from .model import Llama
 from .recipes import VisualRecipe
-from .training import OnStep, Trained, make_optimizers, schedule
+from .training import OnStep, Trained, run_training
 
 
 def train_visual(
@@ -38,41 +36,15 @@ def train_visual(
         checkpoint: File rewritten every `recipe.checkpoint_every` steps.
         on_step: Told after each step, before its checkpoint.
     """
-    model = Llama(recipe.architecture)
-    optimizers = make_optimizers(model, recipe)
-    losses: list[float] = []
-    seconds = 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        losses, seconds = state["losses"], state["seconds"]
-    else:
+
+    def initialise(model: Llama) -> None:
         model.initialise(torch.Generator().manual_seed(recipe.seed))
-    resumed_at = len(losses)
-    start = time.perf_counter() - seconds
-    for step in range(resumed_at, recipe.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, recipe.steps)
+
+    def learn(model: Llama, step: int) -> float:
         texts = texts_of_step(digits, tokens, step, recipe)
-        losses.append(cross_entropy(model, texts, dtype, learn=True))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if on_step is not None:
-            on_step(step + 1, losses[-1])
-        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "losses": losses,
-                "seconds": time.perf_counter() - start,
-            }
-            write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
-    return Trained(model, losses, time.perf_counter() - start, resumed_at)
+        return cross_entropy(model, texts, dtype, learn=True)
+
+    return run_training(recipe, initialise, learn, checkpoint, on_step)
 
 
 def texts_of_step(digits: Digits, tokens: ImageTokens, step: int, recipe: VisualRecipe) -> Tensor:
