@@ -376,17 +376,17 @@ def test_a_wrong_law_is_noticed(
 
 @pytest.mark.slow
 def test_the_law_under_a_grammar(
-    nano_model: Path, tmp_path: Path, serve_offline: Any, write_ranked: Any
+    pico_model: Path, tmp_path: Path, serve_offline: Any, write_ranked: Any
 ) -> None:
     """Drafts that a grammar forbids are dropped for what they are; the text must not show it."""
     from scipy.stats import chi2_contingency
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    vocab_size = json.loads((nano_model / "config.json").read_text())["vocab_size"]
+    vocab_size = json.loads((pico_model / "config.json").read_text())["vocab_size"]
     config = {
         "method": "frequency_vocab",
-        "model": str(nano_model),
+        "model": str(pico_model),
         "num_speculative_tokens": 3,
         "draft_sample_method": "probabilistic",
         "draft_vocabulary": write_ranked(
@@ -402,7 +402,7 @@ def test_the_law_under_a_grammar(
 
     def drafted_or_not(speculative_config: Any, draws: bool = False) -> list[int]:
         """How many of the later tokens are among those drafted from, at each position."""
-        with serve_offline(speculative_config, model=str(nano_model)) as llm:
+        with serve_offline(speculative_config, model=str(pico_model)) as llm:
             if draws:  # as if nothing was known of grammars
                 executor = llm.llm_engine.engine_core.engine_core.model_executor
                 runner = executor.driver_worker.worker.model_runner

@@ -138,7 +138,7 @@ def test_thresholds_at_the_ends(
 
 
 def test_requests_with_a_grammar_are_exact_beside_judged_ones(
-    nano_model: Path, write_head: Any, serve_offline: Any, generate: Any
+    pico_model: Path, write_head: Any, serve_offline: Any, generate: Any
 ) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -149,11 +149,11 @@ def test_requests_with_a_grammar_are_exact_beside_judged_ones(
         "method": "early_exit",
         "num_speculative_tokens": 4,
         "exit_layer": 2,
-        "verifier": {"name": "judge", "head": write_head(nano_model), "threshold": 0.0},
+        "verifier": {"name": "judge", "head": write_head(pico_model), "threshold": 0.0},
     }
     found = []
     for speculative_config in (config, None):
-        with serve_offline(speculative_config, model=str(nano_model)) as llm:
+        with serve_offline(speculative_config, model=str(pico_model)) as llm:
             found.append(generate(llm, texts, each=each, max_tokens=24, ignore_eos=False))
     judged, plain = found
     assert [judged[0], judged[2]] == [plain[0], plain[2]]

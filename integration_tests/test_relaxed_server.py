@@ -22,7 +22,7 @@ CONFIG = {
     "verifier": "lossless",
     "verifiers_allowed": [{"name": "typical", "epsilon": 0.01, "delta": 0.05}, "top_k_relaxed"],
 }
-NAME = "nano"
+NAME = "pico"
 PROMPT = "for i in range(10):\n    print(i)\n\nfor i in range(10):\n    "
 
 
@@ -32,9 +32,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(nano_model: Path, engine_environment: dict[str, str], log: Path) -> Iterator[Server]:
+def server(pico_model: Path, engine_environment: dict[str, str], log: Path) -> Iterator[Server]:
     arguments = [
-        str(nano_model),
+        str(pico_model),
         *("--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
         *("--per-request-spec-decode-metrics", "summary"),
@@ -63,7 +63,7 @@ def counted(server: Server) -> dict[tuple[str, str], float]:
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
         page = answer.read().decode()
     lines = re.findall(
-        r'^vllm_spec_plugins:(\w+)_total\{engine="0",model_name="nano",'
+        r'^vllm_spec_plugins:(\w+)_total\{engine="0",model_name="pico",'
         r'proposer="ngram_adaptive",verifier="(\w+)"\} (\S+)$',
         page,
         re.MULTILINE,

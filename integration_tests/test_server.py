@@ -22,7 +22,7 @@ NUM_SPECULATIVE_TOKENS = 5
 CONFIG = {"method": "ngram_adaptive", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
 ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 #: Model name in requests.
-NAME = "nano"
+NAME = "pico"
 MAX_TOKENS = 64
 
 #: Of the kind the zoo's models were trained on: Python.
@@ -37,24 +37,24 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def plain_texts(serve_offline: Callable[..., Any], nano_model: Path) -> list[str]:
+def plain_texts(serve_offline: Callable[..., Any], pico_model: Path) -> list[str]:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    with serve_offline(model=str(nano_model), **ENGINE) as llm:
+    with serve_offline(model=str(pico_model), **ENGINE) as llm:
         return [o.outputs[0].text for o in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")
 def server(
-    nano_model: Path,
+    pico_model: Path,
     plain_texts: list[str],
     engine_environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     del plain_texts  # decoded first: one engine at a time
     arguments = [
-        str(nano_model),
+        str(pico_model),
         "--served-model-name",
         NAME,
         "--dtype",

@@ -42,14 +42,14 @@ from vllm_spec_plugins.registry import VLLM_METHODS
 
 
 @pytest.fixture(scope="module")
-def nano() -> LocalModel:
-    return LocalModel.load(zoo.ensure("nano", threads=1))
+def pico() -> LocalModel:
+    return LocalModel.load(zoo.ensure("pico", threads=1))
 
 
 @pytest.fixture(scope="module")
-def texts(nano: LocalModel) -> list[Continuation]:
-    """What `nano` writes, greedily and at temperature 1; stands for vLLM's generations."""
-    return [written(nano, temperature, seed) for temperature in (0.0, 1.0) for seed in range(4)]
+def texts(pico: LocalModel) -> list[Continuation]:
+    """What `pico` writes, greedily and at temperature 1; stands for vLLM's generations."""
+    return [written(pico, temperature, seed) for temperature in (0.0, 1.0) for seed in range(4)]
 
 
 def written(model: LocalModel, temperature: float, seed: int, length: int = 40) -> Continuation:
@@ -173,9 +173,9 @@ def test_error_of_a_ratio() -> None:
 # The measurement.
 
 
-def test_all_layers_agree_with_themselves(nano: LocalModel, texts: list[Continuation]) -> None:
+def test_all_layers_agree_with_themselves(pico: LocalModel, texts: list[Continuation]) -> None:
     for text in texts:
-        found = measure(nano, text, [DraftPass(2), DraftPass(nano.num_layers)])
+        found = measure(pico, text, [DraftPass(2), DraftPass(pico.num_layers)])
         assert found.agreement.shape == (2, 39)
         assert found.agreement[1].all()
         np.testing.assert_allclose(found.overlap[1], 1, atol=1e-5)
@@ -186,19 +186,19 @@ def test_all_layers_agree_with_themselves(nano: LocalModel, texts: list[Continua
 
 
 def test_greedy_walk_is_what_greedy_drafting_does(
-    nano: LocalModel, texts: list[Continuation]
+    pico: LocalModel, texts: list[Continuation]
 ) -> None:
     """Draft token by token with the exit, verify against the target's text, count."""
     text, length, most = texts[0], 3, 3
-    found = measure(nano, text, [DraftPass(1)])
+    found = measure(pico, text, [DraftPass(1)])
     counted = walk(found.rounds(0.0, "probabilistic", most)[0], length)
     token_ids = list(text.token_ids)
     at, rounds, emitted = text.num_prompt + 1, 0, 0
     while at + most <= len(token_ids):
         drafted = token_ids[:at]
         for _ in range(length):
-            state = nano.layer_states(torch.tensor([drafted]), [1])[1][:, -1]
-            drafted.append(int(nano.logits(nano.final_norm(state)).argmax()))
+            state = pico.layer_states(torch.tensor([drafted]), [1])[1][:, -1]
+            drafted.append(int(pico.logits(pico.final_norm(state)).argmax()))
         accepted = 0
         while accepted < length and drafted[at + accepted] == token_ids[at + accepted]:
             accepted += 1
@@ -207,16 +207,16 @@ def test_greedy_walk_is_what_greedy_drafting_does(
 
 
 def test_an_adapter_stands_between_exit_and_head(
-    nano: LocalModel, texts: list[Continuation]
+    pico: LocalModel, texts: list[Continuation]
 ) -> None:
     passes = [DraftPass(2), DraftPass(2, adapter=True)]
     # Untrained it is the bare exit.
-    block = AdapterBlock(nano)
-    found = measure(nano, texts[-1], passes, adapter=block)
+    block = AdapterBlock(pico)
+    found = measure(pico, texts[-1], passes, adapter=block)
     np.testing.assert_allclose(found.overlap[1], found.overlap[0], atol=1e-5)
     with torch.no_grad():
         block.final_norm.mul_(0)  # says nothing: every token alike
-    found = measure(nano, texts[-1], passes, adapter=block)
+    found = measure(pico, texts[-1], passes, adapter=block)
     assert found.overlap[1].mean() < 0.5 * found.overlap[0].mean()
 
 
@@ -272,34 +272,34 @@ def test_measurements_are_kept(tmp_path: Path, texts: list[Continuation]) -> Non
 
 
 def test_rounds_of_a_pass_that_skips_nothing_are_the_exit(
-    nano: LocalModel, texts: list[Continuation]
+    pico: LocalModel, texts: list[Continuation]
 ) -> None:
     text = texts[-1]
-    exits = measure(nano, text, [DraftPass(3)])
-    with draft_rounds(nano) as rounds:
-        found = MeasuredText(nano, rounds, text, None).agreement(DraftPass(3), 4)
+    exits = measure(pico, text, [DraftPass(3)])
+    with draft_rounds(pico) as rounds:
+        found = MeasuredText(pico, rounds, text, None).agreement(DraftPass(3), 4)
     expected = exits.rounds(1.0, "probabilistic", 4)
     np.testing.assert_allclose(found.rounds(1.0, "probabilistic", 4), expected, atol=1e-4)
 
 
-def test_skipping_rounds_are_those_of_a_cache(nano: LocalModel, texts: list[Continuation]) -> None:
+def test_skipping_rounds_are_those_of_a_cache(pico: LocalModel, texts: list[Continuation]) -> None:
     """The full model up to the round, then the pass token by token over the same cache."""
     from transformers import DynamicCache
 
     draft_pass = DraftPass(4, skip_attention=(1,), skip_ffn=(2,))
     text = torch.tensor(texts[-1].token_ids)
     starts = torch.tensor([20, 33])
-    with draft_rounds(nano) as rounds:
+    with draft_rounds(pico) as rounds:
         found = rounds.states(rounds.keep(text), draft_pass, starts, 4)
-    decoder: Any = nano.module.get_decoder()  # pyright: ignore[reportCallIssue]
+    decoder: Any = pico.module.get_decoder()  # pyright: ignore[reportCallIssue]
     for row, start in enumerate(starts.tolist()):
-        cache = DynamicCache(config=nano.config)
+        cache = DynamicCache(config=pico.config)
         states: list[torch.Tensor] = []
         hook: Any = None
         with torch.no_grad():
             decoder(input_ids=text[None, :start], past_key_values=cache)
             hook = decoder.layers[3].register_forward_hook(keep_in(states))
-            with left_out(nano, draft_pass):
+            with left_out(pico, draft_pass):
                 for at in range(start, start + 4):
                     decoder(
                         input_ids=text[None, at : at + 1],
@@ -309,9 +309,9 @@ def test_skipping_rounds_are_those_of_a_cache(nano: LocalModel, texts: list[Cont
         hook.remove()
         torch.testing.assert_close(torch.cat(states, dim=1)[0], found[row], atol=1e-4, rtol=1e-4)
     # Nothing of it stays.
-    config: Any = nano.module.config
+    config: Any = pico.module.config
     assert config._attn_implementation != "vllm_spec_plugins_draft_rounds"
-    assert measure(nano, texts[-1], [DraftPass(4)]).agreement.all()
+    assert measure(pico, texts[-1], [DraftPass(4)]).agreement.all()
 
 
 def keep_in(states: list[torch.Tensor]) -> Any:
@@ -345,10 +345,10 @@ def test_search_finds_what_costs_nothing() -> None:
     assert [found.draft_pass for found in search(2, speedup, 50)] == [DraftPass(2)]
 
 
-def test_search_on_a_model(nano: LocalModel, texts: list[Continuation]) -> None:
+def test_search_on_a_model(pico: LocalModel, texts: list[Continuation]) -> None:
     table = [costs(temperature=0.0), costs(temperature=1.0)]
-    with draft_rounds(nano) as rounds:
-        opened = [MeasuredText(nano, rounds, text, None) for text in texts]
+    with draft_rounds(pico) as rounds:
+        opened = [MeasuredText(pico, rounds, text, None) for text in texts]
 
         def speedup(draft_pass: DraftPass) -> float:
             return predicted_speedup(opened, table, draft_pass, 4)
@@ -399,17 +399,17 @@ def test_fit_of_timed_steps() -> None:
     assert _fit(busy, 2, 1.0, 4).plain == 10.5
 
 
-def judged(nano: LocalModel, texts: list[Continuation]) -> list[Judged]:
+def judged(pico: LocalModel, texts: list[Continuation]) -> list[Judged]:
     passes = [DraftPass(e) for e in (1, 2, 3, 4)]
     return [
-        Judged(t, passes, [measure(nano, x, passes) for x in texts if x.temperature == t])
+        Judged(t, passes, [measure(pico, x, passes) for x in texts if x.temperature == t])
         for t in (0.0, 1.0)
     ]
 
 
-def test_rows_and_recommendation(nano: LocalModel, texts: list[Continuation]) -> None:
+def test_rows_and_recommendation(pico: LocalModel, texts: list[Continuation]) -> None:
     table = [costs(batch, t) for batch in (1, 8) for t in (0.0, 1.0)]
-    rows = [row for part in judged(nano, texts) for row in rows_of(part, table, 4)]
+    rows = [row for part in judged(pico, texts) for row in rows_of(part, table, 4)]
     assert len(rows) == 2 * 4 * 2 * 4 * 2  # temperatures, passes, methods, lengths, batches
     for row in rows:
         assert 1 <= row.acceptance_length <= 1 + row.num_speculative_tokens + 1e-9
@@ -431,15 +431,15 @@ def test_rows_and_recommendation(nano: LocalModel, texts: list[Continuation]) ->
     assert set(best) == {DraftPass(e) for e in (1, 2, 3, 4)}
     # Where drafting is free of use it is not recommended to anyone.
     dear = [replace(c, draft_step={1: 1.0, 4: 1.0}) for c in table]
-    rows = [row for part in judged(nano, texts) for row in rows_of(part, dear, 4)]
+    rows = [row for part in judged(pico, texts) for row in rows_of(part, dear, 4)]
     assert not recommend(rows, 1).pays
 
 
 def test_greedy_drafts_cost_what_they_cost_at_temperature_0(
-    nano: LocalModel, texts: list[Continuation]
+    pico: LocalModel, texts: list[Continuation]
 ) -> None:
     drawn = replace(costs(temperature=1.0), draft_step={1: 2e-3, 4: 5e-3})
-    rows = rows_of(judged(nano, texts)[1], [costs(), drawn], 4)
+    rows = rows_of(judged(pico, texts)[1], [costs(), drawn], 4)
     first = [r for r in rows if r.draft_pass == DraftPass(1) and r.num_speculative_tokens == 1]
     assert {r.draft_sample_method: round(r.draft_step_ms, 6) for r in first} == {
         "probabilistic": 2.0,
@@ -452,8 +452,8 @@ def test_greedy_drafts_cost_what_they_cost_at_temperature_0(
 
 def facts(num_speculative_tokens: int | None) -> ModelFacts:
     return ModelFacts(
-        model="nano",
-        vocab_size=8192,
+        model="pico",
+        vocab_size=1024,
         hidden_size=256,
         num_layers=4,
         max_model_len=512,
@@ -480,7 +480,7 @@ def test_config_is_what_serving_takes(draft_pass: DraftPass) -> None:
 
 @pytest.fixture
 def without_engine(texts: list[Continuation], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """The command on `nano`, with texts and costs from here. Counts what is asked for."""
+    """The command on `pico`, with texts and costs from here. Counts what is asked for."""
     asked = {"texts": 0, "costs": 0}
 
     def generate(_model: Any, prompts: Any, _work: Any, sampling: Any, *_rest: Any) -> Any:
@@ -503,7 +503,7 @@ def without_engine(texts: list[Continuation], monkeypatch: pytest.MonkeyPatch) -
 
 
 def call(*arguments: object) -> str:
-    words = ["calibrate", "exit", "nano", "--texts", "zoo:held-out", *map(str, arguments)]
+    words = ["calibrate", "exit", "pico", "--texts", "zoo:held-out", *map(str, arguments)]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "160"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -556,19 +556,19 @@ def test_command_searches_skips(tmp_path: Path, without_engine: dict[str, int]) 
 
 def test_command_with_a_draft_vocabulary(tmp_path: Path, without_engine: dict[str, int]) -> None:
     del without_engine
-    counts = np.arange(8192, 0, -1)
+    counts = np.arange(1024, 0, -1)
     always = np.array([0, 1, 2])
-    lists = tuple(rank(name, counts, always, 2048) for name in ("code", "prose"))
+    lists = tuple(rank(name, counts, always, 512) for name in ("code", "prose"))
     for number in (1, 2):
         file = tmp_path / f"{number}.safetensors"
-        RankedVocabulary(8192, always, lists[:number], "", "for a test").write(file)
+        RankedVocabulary(1024, always, lists[:number], "", "for a test").write(file)
     words = ("--num-prompts", 4, "--prompt-tokens", 16, "--max-draft", 3, "--draft-vocabulary")
     output = tmp_path / "exit.json"
     said = call("--output", output, *words, tmp_path / "1.safetensors")
-    assert "Drafts from 2048 tokens" in said
+    assert "Drafts from 512 tokens" in said
     assert json.loads(output.read_text())["draft_vocabulary"] == str(tmp_path / "1.safetensors")
     rows = json.loads((tmp_path / "exit.rows.json").read_text())
-    assert rows["draft_vocabulary_size"] == 2048
+    assert rows["draft_vocabulary_size"] == 512
     whole = [row for row in rows["rows"] if row["exit_layer"] == 4 and row["temperature"] == 1]
     assert all(0.2 < row["overlap"] < 0.999 for row in whole)
     with pytest.raises(AssertionError, match="holds 2 lists"):
@@ -605,7 +605,7 @@ def test_command_says_what_is_wrong(
 ) -> None:
     del without_engine
     words = [
-        "calibrate", "exit", "nano", "--texts", "zoo:held-out", "--output",
+        "calibrate", "exit", "pico", "--texts", "zoo:held-out", "--output",
         str(tmp_path / "exit.json"), "--num-prompts", "4", *map(str, arguments),
     ]  # fmt: skip
     result = CliRunner().invoke(app, words)

@@ -146,6 +146,15 @@ _NANO = Architecture(
     num_key_value_heads=2,
     head_dim=64,
 )
+_PICO = Architecture(
+    vocabulary=1024,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=4,
+    num_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+)
 _SMALL = Architecture(
     vocabulary=8192,
     hidden_size=384,
@@ -225,8 +234,21 @@ RECIPES: dict[str, Recipe] = {
             checkpoint_every=5,
         ),
         TextRecipe(
+            name="pico",
+            summary="for tests that need a trained model: half a minute to train on one core",
+            architecture=_PICO,
+            exits=(2,),
+            steps=200,
+            batch_size=4,
+            sequence_length=128,
+            lr=2e-3,
+            matrix_lr=0.02,
+            minutes=0.5,
+            training_bytes=3_000_000,
+        ),
+        TextRecipe(
             name="nano",
-            summary="the default of demo and tests, and the draft model of `small`",
+            summary="the default of the demo, and the draft model of `small`",
             architecture=_NANO,
             exits=(2,),
             steps=360,
