@@ -27,14 +27,17 @@ from vllm_spec_plugins.errors import ConfigError, SpecPluginsError, listed
 from vllm_spec_plugins.registry import Kind, installed
 
 from .comparison import distinct_ngram_share
-from .demonstration import (
-    held_out_prompts,
-    model_to_serve,
-    terminated_as_interrupted,
-    threads_for,
-)
+from .served_model import model_to_serve, threads_for
 from .server import Server, ServerError, free_ports
-from .side_by_side import environment, progress_bars, provenance, stage, wait_until_ready
+from .side_by_side import (
+    environment,
+    held_out_prompts,
+    progress_bars,
+    provenance,
+    stage,
+    terminated_as_interrupted,
+    wait_until_ready,
+)
 
 #: Characters of a held-out file that the model is shown, where no prompts are given.
 PROMPT_CHARACTERS = 1200

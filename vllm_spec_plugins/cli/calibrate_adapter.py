@@ -37,7 +37,7 @@ from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.zoo.cache import write_atomically
 from vllm_spec_plugins.zoo.progress import training_progress
 
-from .demonstration import model_to_serve
+from .served_model import model_to_serve
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,7 +19,7 @@ from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.image_token_range import image_token_range
 from vllm_spec_plugins.zoo.image_folder import CODEBOOK
 
-from .demonstration import model_to_serve
+from .served_model import model_to_serve
 
 
 @dataclass(frozen=True, slots=True)

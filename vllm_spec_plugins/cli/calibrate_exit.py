@@ -30,7 +30,7 @@ from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.zoo.cache import write_atomically
 
 from .comparison import distinct_ngram_share
-from .demonstration import model_to_serve
+from .served_model import model_to_serve
 
 logger = logging.getLogger(__name__)
 

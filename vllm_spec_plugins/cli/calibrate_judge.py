@@ -38,7 +38,7 @@ from vllm_spec_plugins.judge_head import NORM_STATE, JudgeCard, JudgeHead
 from vllm_spec_plugins.weight_probes import read_probes
 from vllm_spec_plugins.zoo.cache import write_atomically
 
-from .demonstration import model_to_serve
+from .served_model import model_to_serve
 
 logger = logging.getLogger(__name__)
 

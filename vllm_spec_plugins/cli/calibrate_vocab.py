@@ -25,7 +25,7 @@ from vllm_spec_plugins.draft_vocabulary import (
 )
 from vllm_spec_plugins.errors import SpecPluginsError
 
-from .demonstration import model_to_serve
+from .served_model import model_to_serve
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

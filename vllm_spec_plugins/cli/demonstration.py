@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    Progress,
-)
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from vllm_spec_plugins.errors import ConfigError, SpecPluginsError, did_you_mean, listed
-from vllm_spec_plugins.image_token_range import image_token_range
+from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
 
 from .comparison import (
     ADAPTIVE,
@@ -34,8 +28,18 @@ from .comparison import (
     distinct_ngram_share,
     marks,
 )
+from .served_model import image_model, model_to_serve, threads_for
 from .server import Server, ServerError, free_ports
-from .side_by_side import environment, progress_bars, provenance, stage, wait_until_ready
+from .side_by_side import (
+    environment,
+    held_out_prompts,
+    pictures_module,
+    progress_bars,
+    provenance,
+    stage,
+    terminated_as_interrupted,
+    wait_until_ready,
+)
 
 PROMPTS = 8
 #: Characters of a held-out file that the model is shown; cut at the end of a line.
@@ -52,8 +56,6 @@ THREADS = (
     "All servers run with NUMBA_THREADING_LAYER=workqueue: without it vLLM's ngram is far slower "
     "on a CPU (`vllm-spec doctor`), so this setting is in its favour."
 )
-#: Weights that keep one thread busy, in bytes. With less, threads mostly wait for each other.
-BYTES_PER_THREAD = 40_000_000
 
 
 def run(model: str, output: Path, repeats: int, threads: int) -> int:
@@ -69,20 +71,6 @@ def run(model: str, output: Path, repeats: int, threads: int) -> int:
             console.print("interrupted; every server has been stopped")
             return 130
     return 0
-
-
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C: the servers are stopped on the way."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(console: Console, model: str, output: Path, repeats: int, threads: int) -> None:
@@ -137,56 +125,6 @@ def _run(console: Console, model: str, output: Path, repeats: int, threads: int)
     ]
     files = " and ".join(str(path) for path in saved)
     console.print(f"{files}  ({time.monotonic() - start:.0f} s in all)", highlight=False)
-
-
-def pictures_module() -> Any:
-    """The module that draws, or one error before anything is started."""
-    try:
-        from . import pictures
-    except ImportError as error:
-        raise ConfigError(
-            f"the demo draws with matplotlib, which cannot be imported ({error}). "
-            'Install the extra [demo]: pip install "vllm-spec-plugins[demo]".'
-        ) from None
-    return pictures
-
-
-def model_to_serve(model: str, threads: int | None) -> tuple[Path, str]:
-    """A model's folder and precision; a model of the zoo is trained first if need be.
-
-    In float32 greedy text is the same however the batch is shaped. Models from elsewhere keep
-    the precision their authors chose.
-    """
-    from vllm_spec_plugins import zoo
-
-    if model in zoo.RECIPES:
-        return zoo.ensure(model, threads), "float32"
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve(), "auto"
-    raise ConfigError(
-        f'"{model}" is neither a model of the zoo nor a folder with a config.json.'
-        f"{did_you_mean(model, zoo.RECIPES)} Of the zoo: {listed(zoo.RECIPES)}."
-    )
-
-
-def image_model(folder: Path) -> bool:
-    """Whether a model's config says that it writes images."""
-    return image_token_range(json.loads((folder / "config.json").read_text())) is not None
-
-
-def threads_for(folder: Path) -> int:
-    """As many as the model has work for; a core is left for front end and scheduler."""
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return max(1, min((os.cpu_count() or 2) - 1, weights // BYTES_PER_THREAD))
-
-
-def held_out_prompts(count: int, characters: int) -> list[str]:
-    """Beginnings of source files that no model of the zoo has seen, whole lines."""
-    from vllm_spec_plugins.zoo import corpus
-
-    long_enough = [f.text for f in corpus.held_out_files() if len(f.text) > 2 * characters]
-    return [text[:characters].rpartition("\n")[0] + "\n" for text in long_enough[:count]]
 
 
 def _server(

@@ -1,6 +1,7 @@
 """Servers that stay up together and take turns, idle while another is timed.
 
-Whatever else the machine does so falls on all of them alike.
+Whatever else the machine does so falls on all of them alike. Here, too, is what every command has
+that starts engines: one way to be stopped, prompts no model has seen, pictures at the end.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +26,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from vllm_spec_plugins.errors import ConfigError
 
 from .server import Server
 
@@ -41,6 +46,40 @@ def environment(threads: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C: the servers are stopped on the way."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def pictures_module() -> Any:
+    """The module that draws, or one error before anything is started."""
+    try:
+        from . import pictures
+    except ImportError as error:
+        raise ConfigError(
+            f"the demo draws with matplotlib, which cannot be imported ({error}). "
+            'Install the extra [demo]: pip install "vllm-spec-plugins[demo]".'
+        ) from None
+    return pictures
+
+
+def held_out_prompts(count: int, characters: int) -> list[str]:
+    """Beginnings of source files that no model of the zoo has seen, whole lines."""
+    from vllm_spec_plugins.zoo import corpus
+
+    long_enough = [f.text for f in corpus.held_out_files() if len(f.text) > 2 * characters]
+    return [text[:characters].rpartition("\n")[0] + "\n" for text in long_enough[:count]]
 
 
 def progress_bars(console: Console) -> Progress:

@@ -106,7 +106,7 @@ class Row:
 
 def run(output: Path, images: int, num_draft: int) -> int:
     """Everything the command does. Returns the exit code."""
-    from .demonstration import pictures_module, terminated_as_interrupted
+    from .side_by_side import pictures_module, terminated_as_interrupted
 
     console = Console()
     with terminated_as_interrupted():
