@@ -111,25 +111,20 @@ class Thompson(SpeedupController):
         rates, theta = a / (a + b), self._draw(requests, 0, a, b)
         cost, costs = self._given_cost, self.costs(len(rows))
         self._verifying[:] = self._drafting = 0.0
+        needed = np.zeros(len(rows))
+        lengths = np.full(len(rows), self._most, dtype=np.int64)
         if cost is not None:
             needed = cost * expected_speedups(rates, cost, self._most).max(axis=1)
-            pays = theta >= needed
+            lengths[theta < needed] = 0
         elif costs is not None:
-            needed = np.zeros(len(rows))
             _, speed = batch_lengths(rates, costs)
             self._verifying[: self._most] = speed * np.diff(costs.verify)
             self._drafting = speed * costs.each * len(rows)
-            pays = batch_lengths(theta, costs)[0] > 0
+            lengths[batch_lengths(theta, costs)[0] == 0] = 0
         else:
-            needed = np.zeros(len(rows))
-            pays = None
-        if pays is None:
-            lengths = np.full(len(rows), self._length_to_measure, dtype=np.int64)
-        else:
-            lengths = np.where(pays, self._most, 0)
-            # Where nothing is drafted nothing is observed: evidence fades here instead.
-            if not pays.all():
-                self._table.values[rows[~pays], : self._OWN] *= self.options.discount
+            lengths[:] = self._length_to_measure
+        # Where nothing is drafted nothing is observed: evidence fades here instead.
+        self._table.values[rows[lengths == 0], : self._OWN] *= self.options.discount
         state = np.full((len(rows), self._table.values.shape[1] - self._A), np.nan)
         state[:, 0], state[:, 1], state[:, 2], state[:, 3] = a, b, 1.0, needed
         self._table.values[rows, self._A :] = state
