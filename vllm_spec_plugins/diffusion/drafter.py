@@ -1,0 +1,447 @@
+"""A masked diffusion language model that drafts: one pass gives the laws of a block of tokens.
+
+The block follows the text verified so far. Its tokens are masks, or tokens that an earlier
+denoising step settled on; every token of it sees the whole block and the last W tokens of the
+text (`PrefixCache`). Precisely, for a block that begins at position n:
+
+    a token of the block sees positions n - W to n - 1, and the block;
+    a token of the text at position p sees positions p - W to p   (pattern "block"),
+    or all that a token of the block sees                          (pattern "full").
+
+One token of the text is needed before a block, since a drafter that predicts next tokens
+predicts the block's first from it.
+
+Shapes: R rows of the cache; T tokens of text new to it; B tokens of a block; S tokens of a pass;
+C slots of the cache; H hidden size; D head width; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .cache import PrefixCache, Rows
+from .folder import DrafterConfig, read_config, weight_files
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of a pass's positions, `[R, S, 1, D]` each."""
+
+    cosines: Tensor
+    sines: Tensor
+
+
+class Layer(nn.Module):
+    """One Llama layer in three parts: what comes before attention, attention, what comes after."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        queries = config.num_heads * config.head_dim
+        rows = queries + 2 * config.num_key_value_heads * config.head_dim
+        self.attention_norm = nn.Parameter(torch.ones(hidden))
+        self.mlp_norm = nn.Parameter(torch.ones(hidden))
+        self.qkv = nn.Parameter(torch.empty(rows, hidden))
+        self.qkv_bias = nn.Parameter(torch.zeros(rows)) if config.attention_bias else None
+        self.attention_out = nn.Parameter(torch.empty(hidden, queries))
+        self.gate_up = nn.Parameter(torch.empty(2 * inner, hidden))
+        self.down = nn.Parameter(torch.empty(hidden, inner))
+
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Query `[R, S, heads, D]`, key and value `[R, S, kv_heads, D]` of `[R, S, H]`."""
+        config = self.config
+        heads, keys = config.num_heads, config.num_key_value_heads
+        h = F.rms_norm(x, (config.hidden_size,), self.attention_norm, config.rms_norm_eps)
+        qkv = F.linear(h, self.qkv, self.qkv_bias).unflatten(-1, (heads + 2 * keys, -1))
+        query_key, value = qkv.split((heads + keys, keys), dim=2)
+        first, second = query_key.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        query_key = (query_key * rotation.cosines + turned * rotation.sines).to(value.dtype)
+        query, key = query_key.split((heads, keys), dim=2)
+        return query, key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """`[R, S, heads * D]` from keys and values `[R, C + S, kv_heads, D]`.
+
+        Args:
+            query: `[R, S, heads, D]`.
+            key: Of the cache, then of the pass.
+            value: Likewise.
+            visible: `[R, 1, S, C + S]` bool.
+        """
+        config = self.config
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=visible,
+            enable_gqa=config.num_heads != config.num_key_value_heads,
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream after this layer, `[R, S, H]`."""
+        config = self.config
+        x = x + F.linear(mixed, self.attention_out)
+        h = F.rms_norm(x, (config.hidden_size,), self.mlp_norm, config.rms_norm_eps)
+        gate, up = F.linear(h, self.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, self.down)
+
+
+class DiffusionDrafter(nn.Module):
+    """The drafter. `draft` is the pass of a decoding step; `forward` is one to train with."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.num_embeddings, config.hidden_size))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.own_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> DiffusionDrafter:
+        """Read a folder that `check_folder` has accepted; frozen.
+
+        Raises:
+            SpecPluginsError: It is no drafter's folder.
+        """
+        from safetensors.torch import load_file
+
+        with torch.device("meta"):
+            drafter = cls(read_config(folder))
+        drafter.to_empty(device=device)
+        weights: dict[str, Tensor] = {}
+        for file in weight_files(folder):
+            weights |= load_file(file)
+        drafter.assign(weights)
+        return drafter.to(dtype).requires_grad_(False).eval()
+
+    @property
+    def head(self) -> Tensor:
+        """`[V, H]`."""
+        if self.own_head is not None:
+            return self.own_head
+        return self.embedding[: self.config.vocab_size]
+
+    def new_cache(self, num_rows: int, window: int) -> PrefixCache:
+        """An empty cache beside these weights, for so many requests."""
+        weight = self.embedding
+        return PrefixCache(self.config, num_rows, window, weight.device, weight.dtype)
+
+    def draft(
+        self,
+        cache: PrefixCache,
+        rows: Rows,
+        token_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        num_draft: int,
+    ) -> Tensor:
+        """Take in the text verified since, and give the laws of the tokens after it: one pass.
+
+        The same as `extend`, then `denoise` of masks alone; the pattern "full" does it so.
+
+        Args:
+            cache: Of this drafter; the new text is appended to it.
+            rows: `[R]` the requests' rows, each once.
+            token_ids: `[R, T]` new text, padded at its end with anything.
+            lengths: `[R]` new tokens of each row, 1 to T.
+            num_draft: K, at least 1.
+
+        Returns:
+            `[R, K, V]` float32 logits; -inf for the mask.
+        """
+        config = self.config
+        masks = np.full((len(rows), num_draft), config.mask_token_id, dtype=np.int64)
+        if config.attention_pattern == "full":
+            self.extend(cache, rows, token_ids, lengths)
+            return self.denoise(cache, rows, masks)
+        if (lengths < 1).any():
+            raise ValueError("every row needs a new token before a block is drafted")
+        masks = masks[:, : self._block_tokens(num_draft)]
+        states = self._pass(cache, rows, token_ids, lengths, masks)
+        predicting = states[:, token_ids.shape[1] :]
+        if config.predicts == "next_token":
+            predicting = torch.cat([cache.last[_indices(rows, states)][:, None], predicting], dim=1)
+        return self.logits(predicting)
+
+    def extend(
+        self,
+        cache: PrefixCache,
+        rows: Rows,
+        token_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> None:
+        """Append verified text to some rows.
+
+        Args:
+            cache: Of this drafter.
+            rows: `[R]`, each once.
+            token_ids: `[R, T]`, padded at its end with anything.
+            lengths: `[R]` tokens of each row, 0 to T.
+        """
+        if self.config.attention_pattern == "full":
+            self._remember(cache, rows, token_ids, lengths)
+        else:
+            nothing = np.empty((len(rows), 0), dtype=np.int64)
+            self._pass(cache, rows, token_ids, lengths, nothing)
+
+    def denoise(self, cache: PrefixCache, rows: Rows, block_token_ids: NDArray[np.int64]) -> Tensor:
+        """The laws of a block's tokens after the text in the cache, which stays as it is.
+
+        A drafter of pattern "block" that predicts next tokens does not read the block's last
+        token: nothing comes after it. What it gives for the first depends on the text alone.
+
+        Args:
+            cache: Of this drafter; every row must hold a token, see `PrefixCache.crop`.
+            rows: `[R]`, each once.
+            block_token_ids: `[R, B]` masks, and tokens that are settled already.
+
+        Returns:
+            `[R, B, V]` float32 logits, one row for each token of the block; -inf for the mask.
+
+        Raises:
+            ValueError: What the last token of a row predicts is not known.
+        """
+        config, length = self.config, block_token_ids.shape[1]
+        if (cache.next[rows] == cache.first[rows]).any():
+            raise ValueError("a block needs at least one token of text before it")
+        if config.attention_pattern == "full":
+            states = self._whole_window(cache, rows, block_token_ids)
+            before = config.predicts == "next_token"
+            return self.logits(states[:, -length - 1 : -1] if before else states[:, -length:])
+        nothing = np.empty((len(rows), 0), dtype=np.int64)
+        block = block_token_ids[:, : self._block_tokens(length)]
+        states = self._pass(cache, rows, nothing, np.zeros(len(rows), dtype=np.int64), block)
+        if config.predicts == "next_token":
+            if not cache.has_last[rows].all():
+                raise ValueError("after `crop`, extend the row by a token before a block")
+            states = torch.cat([cache.last[_indices(rows, states)][:, None], states], dim=1)
+        return self.logits(states)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., V]` float32 from normed hidden states; -inf for the mask, which is never drafted.
+
+        Differentiable.
+        """
+        logits = F.linear(hidden, self.head).float()
+        mask = self.config.mask_token_id
+        if mask < self.config.vocab_size:
+            logits[..., mask] = -torch.inf
+        return logits
+
+    def forward(self, token_ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """A pass without a cache.
+
+        Args:
+            token_ids: `[R, S]` int64.
+            positions: `[R, S]` int64.
+            visible: `[R or 1, S, S]` bool, [., i, j]: token i sees token j.
+
+        Returns:
+            `[R, S, H]` normed hidden states.
+        """
+        rotation = self._rotation(positions)
+        x = F.embedding(token_ids, self.embedding)
+        for layer in self._stack:
+            query, key, value = layer.project(x, rotation)
+            x = layer.finish(x, layer.attend(query, key, value, visible[:, None]))
+        return self._normed(x)
+
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights from tensors under Llama's names (`DrafterConfig.weight_shapes`).
+
+        Raises:
+            KeyError: A weight is missing.
+        """
+        with torch.no_grad():
+            for parameter, names in self._names().items():
+                parameter.copy_(torch.cat([weights[name] for name in names]))
+
+    def export(self) -> dict[str, Tensor]:
+        """Copies of all weights under Llama's names."""
+        shapes = self.config.weight_shapes()
+        return {
+            name: part.detach().clone().contiguous()
+            for parameter, names in self._names().items()
+            for name, part in zip(
+                names, parameter.split([shapes[name][0] for name in names]), strict=True
+            )
+        }
+
+    def _names(self) -> dict[nn.Parameter, tuple[str, ...]]:
+        """Each parameter, and the tensors on disk that are stacked in it."""
+        names: dict[nn.Parameter, tuple[str, ...]] = {
+            self.embedding: ("model.embed_tokens.weight",),
+            self.norm: ("model.norm.weight",),
+        }
+        if self.own_head is not None:
+            names[self.own_head] = ("lm_head.weight",)
+        for index, layer in enumerate(self._stack):
+            for ours, theirs in _FUSED.items():
+                parameter = getattr(layer, ours)
+                if parameter is not None:
+                    names[parameter] = tuple(f"model.layers.{index}.{name}" for name in theirs)
+        return names
+
+    @property
+    def _stack(self) -> list[Layer]:
+        """The layers, as what they are."""
+        return list(self.layers)  # pyright: ignore[reportReturnType]
+
+    def _block_tokens(self, length: int) -> int:
+        """Tokens of a block that a pass of the pattern "block" reads."""
+        return length - (self.config.predicts == "next_token")
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        """Rotary embedding (Su et al. 2104.09864) of `[R, S]` positions."""
+        width = self.config.head_dim
+        # In float64: far into a long text, float32 angles are off by several per cent of a turn.
+        half = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        angles = positions[..., None, None] * self.config.rope_theta**-half
+        angles = torch.cat([angles, angles], dim=-1)
+        dtype = self.embedding.dtype
+        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    @torch.no_grad()
+    def _pass(
+        self,
+        cache: PrefixCache,
+        rows: Rows,
+        token_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        block_token_ids: NDArray[np.int64],
+    ) -> Tensor:
+        """New text and a block after it, pattern "block"; the text's keys go into the cache.
+
+        Returns:
+            `[R, T + B, H]` normed hidden states, of padding too.
+        """
+        rows = np.asarray(rows)
+        num_new, num_block = token_ids.shape[1], block_token_ids.shape[1]
+        start = cache.next[rows][:, None]
+        after = start + lengths[:, None]
+        new = start + np.arange(num_new)
+        padding = new >= after
+        block = after + np.arange(num_block)
+        slots = cache.slots_in_use(rows)
+        # Each token sees an interval of positions; padding is at position -1 and sees that.
+        keys = np.concatenate([cache.positions(rows, slots), np.where(padding, -1, new), block], 1)
+        lowest = np.concatenate([new, np.broadcast_to(after, block.shape)], 1) - cache.window
+        lowest = np.maximum(lowest, cache.first[rows][:, None])
+        highest = np.concatenate([new, np.broadcast_to(after + num_block - 1, block.shape)], 1)
+        lowest[:, :num_new][padding] = highest[:, :num_new][padding] = -1
+        # A token of the text does not see the block: its interval ends at itself.
+        numbers = np.concatenate([keys, lowest, highest, token_ids, block_token_ids], 1)
+        total = num_new + num_block
+        device = self.embedding.device
+        keys, lowest, highest, tokens = (
+            torch.from_numpy(numbers).to(device).split([slots + total, total, total, total], dim=1)
+        )
+        # [R, 1, S, C + S]
+        visible = (keys[:, None] >= lowest[..., None]) & (keys[:, None] <= highest[..., None])
+        visible = visible[:, None]
+        rotation = self._rotation(keys[:, slots:])
+        row_index = torch.from_numpy(rows).to(device)
+        x = F.embedding(tokens, self.embedding)
+        # Of the new text, what the window will still hold.
+        kept_row, kept_token = np.nonzero(~padding & (new >= after - cache.window))
+        places = np.stack([rows[kept_row], new[kept_row, kept_token] % cache.window])
+        source = torch.from_numpy(np.stack([kept_row, kept_token])).to(device)
+        target = torch.from_numpy(places).to(device)
+        for index, layer in enumerate(self._stack):
+            query, key, value = layer.project(x, rotation)
+            kept_keys = cache.keys[index, row_index, :slots]
+            kept_values = cache.values[index, row_index, :slots]
+            cache.keys[index, target[0], target[1]] = key[source[0], source[1]]
+            cache.values[index, target[0], target[1]] = value[source[0], source[1]]
+            key, value = torch.cat([kept_keys, key], 1), torch.cat([kept_values, value], 1)
+            x = layer.finish(x, layer.attend(query, key, value, visible))
+        cache.append(rows, lengths)
+        states = self._normed(x)
+        grown = np.nonzero(lengths > 0)[0]
+        if len(grown):
+            cache.has_last[rows[grown]] = True
+            ends = torch.from_numpy(np.stack([grown, lengths[grown] - 1, rows[grown]])).to(device)
+            cache.last[ends[2]] = states[ends[0], ends[1]]
+        return states
+
+    def _remember(
+        self,
+        cache: PrefixCache,
+        rows: Rows,
+        token_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> None:
+        """Keep new text for `_whole_window`."""
+        rows = np.asarray(rows)
+        start = cache.next[rows][:, None]
+        after = start + lengths[:, None]
+        new = start + np.arange(token_ids.shape[1])
+        kept = (new < after) & (new >= after - cache.window)
+        row, token = np.nonzero(kept)
+        written = np.stack([rows[row], new[kept] % cache.window, token_ids[row, token]])
+        places = torch.from_numpy(written).to(cache.token_ids.device)
+        cache.token_ids[places[0], places[1]] = places[2]
+        cache.append(rows, lengths)
+
+    @torch.no_grad()
+    def _whole_window(
+        self, cache: PrefixCache, rows: Rows, block_token_ids: NDArray[np.int64]
+    ) -> Tensor:
+        """`[R, C + B, H]` normed states of each row's window and the block, all seeing all.
+
+        Windows are laid in order and end at the block; shorter ones are padded before.
+        """
+        rows = np.asarray(rows)
+        num_block = block_token_ids.shape[1]
+        after = cache.next[rows][:, None]
+        held = after - cache.first[rows][:, None]
+        context = np.minimum(held, cache.window).max()
+        positions = after + np.arange(-context, num_block)
+        there = positions >= cache.first[rows][:, None]
+        slots = positions[:, :context] % cache.window
+        numbers = np.concatenate([np.where(there, positions, 0), there, slots, block_token_ids], 1)
+        device = self.embedding.device
+        widths = [positions.shape[1], positions.shape[1], slots.shape[1], num_block]
+        position, seen, slot, block = torch.from_numpy(numbers).to(device).split(widths, dim=1)
+        row_index = _indices(rows, cache.token_ids)
+        tokens = torch.cat([cache.token_ids[row_index[:, None], slot], block], dim=1)
+        return self(tokens, position, (seen > 0)[:, None].expand(-1, tokens.shape[1], -1))
+
+
+#: Our fused parameters and the tensors they are made of, stacked by rows.
+_FUSED = {
+    "attention_norm": ("input_layernorm.weight",),
+    "mlp_norm": ("post_attention_layernorm.weight",),
+    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attention_out": ("self_attn.o_proj.weight",),
+    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down": ("mlp.down_proj.weight",),
+}
+
+
+def _indices(rows: Rows, beside: Tensor) -> Tensor:
+    """Rows as an index tensor on the device of another one."""
+    return torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(beside.device)
