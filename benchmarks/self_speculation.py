@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,14 +33,17 @@ from typing import Annotated, Any
 import typer
 from engine_worker import EngineSettings, Job, Timed, Worker, WorkerError
 from provenance import provenance
-from speculation_methods import VOCABULARY, Method, all_methods, resolved
+from speculation_methods import ADAPTER, VOCABULARY, Method, all_methods, resolved
 from speculation_rows import cells, read
 
 from vllm_spec_plugins import zoo
+from vllm_spec_plugins.adapter_file import AdapterCard
 from vllm_spec_plugins.calibration.texts import TextTokenizer, windows
 from vllm_spec_plugins.cli.comparison import distinct_ngram_share
 from vllm_spec_plugins.registry import Kind, installed
+from vllm_spec_plugins.zoo.adapter_expansion import expand_adapter
 from vllm_spec_plugins.zoo.corpus import held_out_files
+from vllm_spec_plugins.zoo.recipes import ExpandedRecipe
 
 RESULTS = Path(__file__).parent / "results" / "self_speculation.jsonl"
 PROMPT_TOKENS = 128
@@ -141,7 +145,7 @@ def held_out_prompts(folder: Path, number: int) -> list[list[int]]:
     return in_turns[:number]
 
 
-def make_vocabulary(model: str, folder: Path) -> Path:
+def make_vocabulary(model: str, folder: Path) -> None:
     """A ranked vocabulary counted in the zoo's training text, by `vllm-spec calibrate vocab`."""
     path = folder / VOCABULARY
     command = ("-m", "vllm_spec_plugins.cli", "calibrate", "vocab", model)
@@ -150,7 +154,20 @@ def make_vocabulary(model: str, folder: Path) -> Path:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    return path
+
+
+def make_adapter(model: str, path: Path, folder: Path) -> int:
+    """An adapter of `model`, or of the model it was expanded from, as one of `model`.
+
+    Returns:
+        The layers before it.
+    """
+    recipe, output = zoo.RECIPES[model], folder / ADAPTER
+    if isinstance(recipe, ExpandedRecipe):
+        source = zoo.RECIPES[recipe.source]
+        return expand_adapter(path, source.architecture, recipe.architecture, output).exit_layer
+    shutil.copyfile(path, output)
+    return AdapterCard.read(output).exit_layer
 
 
 def row(
@@ -286,6 +303,9 @@ def main(
     threads: Annotated[int, typer.Option(help="of each engine; 0: physical cores")] = 0,
     vocabulary_size: Annotated[int, typer.Option(help="tokens of the ranked vocabulary")] = 2048,
     dynamic_tokens: Annotated[int, typer.Option(help="beside the ranked ones")] = 64,
+    adapter: Annotated[
+        Path | None, typer.Option(help="of the model, or of the one it was expanded from")
+    ] = None,
     output: Annotated[Path, typer.Option(help="rows are added to it")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="a few methods on nano")] = False,
     run: Annotated[
@@ -302,47 +322,55 @@ def main(
         [int(batch) for batch in numbers(batches)], threads or physical_cores(),
     )  # fmt: skip
     controllers = installed().names(Kind.LENGTH_CONTROLLER)
-    chosen = [
-        method
-        for method in all_methods(model, controllers, vocabulary_size, dynamic_tokens)
-        if re.search(methods, method.name)
-    ]
-    if list_only:
-        print("\n".join(method.name for method in chosen))
-        return
-    os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for the rows: the engines have it
-    source = provenance()
-    source = {"run": run or source["commit"], **source}
-    done = {key_of(r) for r in read(output) if r["run"] == source["run"]}
-    turns = todo(settings, chosen, done)
-    by_engine: dict[str, list[tuple[Method, float, int, int]]] = {}
-    for turn in turns:
-        by_engine.setdefault(json.dumps(turn[0].engine), []).append(turn)
-    print(f"{len(chosen)} methods on {len(by_engine)} engines, {len(turns)} rows to measure")
-    if turns:
-        failed = measure_all(settings, by_engine, output, source)
-        report(output, source["run"], settings)
-        if failed:
-            print("FAILED:\n" + "\n".join(failed), file=sys.stderr)
-            raise typer.Exit(1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder)
+        adapter_exit = None if adapter is None else make_adapter(model, adapter, files)
+        chosen = [
+            method
+            for method in all_methods(
+                model, controllers, vocabulary_size, dynamic_tokens, adapter_exit
+            )
+            if re.search(methods, method.name)
+        ]
+        if list_only:
+            print("\n".join(method.name for method in chosen))
+            return
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for the rows: the engines have it
+        source = provenance()
+        source = {"run": run or source["commit"], **source}
+        done = {key_of(r) for r in read(output) if r["run"] == source["run"]}
+        turns = todo(settings, chosen, done)
+        by_engine: dict[str, list[tuple[Method, float, int, int]]] = {}
+        for turn in turns:
+            by_engine.setdefault(json.dumps(turn[0].engine), []).append(turn)
+        print(f"{len(chosen)} methods on {len(by_engine)} engines, {len(turns)} rows to measure")
+        if turns:
+            failed = measure_all(settings, by_engine, files, output, source)
+            report(output, source["run"], settings)
+            if failed:
+                print("FAILED:\n" + "\n".join(failed), file=sys.stderr)
+                raise typer.Exit(1)
 
 
 def measure_all(
     settings: Settings,
     by_engine: dict[str, list[tuple[Method, float, int, int]]],
+    files: Path,
     output: Path,
     source: dict[str, Any],
 ) -> list[str]:
-    """Measure every engine's turns. Returns what went wrong."""
+    """Measure every engine's turns, with what the methods' configs name in `files`.
+
+    Returns:
+        What went wrong.
+    """
     failed: list[str] = []
     output.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = zoo.ensure(settings.model)
-        vocabulary = folder / VOCABULARY
         if any(turns[0][0].ranked for turns in by_engine.values()):
-            make_vocabulary(str(model), folder)
-        worker = Worker(settings.engine(None), settings.threads, folder / "plain.log")
+            make_vocabulary(str(model), files)
+        worker = Worker(settings.engine(None), settings.threads, files / "plain.log")
         stack.callback(worker.close)
         plain = Plain(worker, settings, held_out_prompts(model, settings.prompts))
         turns = [turn for turns in by_engine.values() for turn in turns]
@@ -351,9 +379,9 @@ def measure_all(
         began, count = time.perf_counter(), 0
         file = stack.enter_context(output.open("a"))
         for number, (config, of_engine) in enumerate(by_engine.items()):
-            log = folder / f"{number}.log"
+            log = files / f"{number}.log"
             try:
-                speculative = resolved(json.loads(config), vocabulary)
+                speculative = resolved(json.loads(config), files)
                 other = Worker(settings.engine(speculative), settings.threads, log)
                 with contextlib.closing(other):
                     for found in measure(settings, plain, other, of_engine):

@@ -31,6 +31,7 @@ NGRAM = {
 }
 #: Where configs say this, `resolved` puts the file.
 VOCABULARY = "vocab.safetensors"
+ADAPTER = "adapter.safetensors"
 #: vLLM's own verification draws from the wrong law on the CPU, but not at temperature 0.
 VLLM_VERIFIES = "vLLM's verification"
 
@@ -68,7 +69,11 @@ class Method:
 
 
 def all_methods(
-    model: str, installed: Sequence[str], ranked_size: int, dynamic_tokens: int
+    model: str,
+    installed: Sequence[str],
+    ranked_size: int,
+    dynamic_tokens: int,
+    adapter_exit: int | None,
 ) -> Iterator[Method]:
     """Every method for a model of the zoo, those of one engine together.
 
@@ -77,6 +82,7 @@ def all_methods(
         installed: Names of length controllers.
         ranked_size: Tokens of the ranked vocabulary.
         dynamic_tokens: Beside them.
+        adapter_exit: Layers before the adapter, if one is to be measured.
     """
     yield from engine_methods()
     vocabulary = {"file": VOCABULARY, "size": ranked_size, "dynamic_tokens": dynamic_tokens}
@@ -84,6 +90,8 @@ def all_methods(
     for layer in EXITS[model]:
         for ranked in (None, vocabulary):
             yield from early_exits(layer, controllers, ranked)
+    if adapter_exit is not None:
+        yield from early_exits(adapter_exit, controllers, None, with_adapter=True)
     yield from early_exits("auto", [*controllers, *({"del"} & set(installed))], None)
 
 
@@ -111,16 +119,21 @@ def engine_methods() -> Iterator[Method]:
 
 
 def early_exits(
-    layer: int | str, controllers: Sequence[str], vocabulary: Mapping[str, Any] | None
+    layer: int | str,
+    controllers: Sequence[str],
+    vocabulary: Mapping[str, Any] | None,
+    with_adapter: bool = False,
 ) -> Iterator[Method]:
     """`early_exit` after one layer, with every fixed length and length controller."""
     base: dict[str, Any] = {"method": "early_exit", "exit_layer": layer}
     if vocabulary is not None:
         base["draft_vocabulary"] = dict(vocabulary)
+    if with_adapter:
+        base["adapter"] = ADAPTER
     engine = {**base, "num_speculative_tokens": MOST}
     if layer == "auto" and "del" in controllers:
         engine["length_control"] = "del"  # so that the engine has what it needs
-    after = " ranked" if vocabulary is not None else ""
+    after = " ranked" if vocabulary is not None else " adapter" if with_adapter else ""
 
     def method(suffix: str, config: dict[str, Any], **how: Any) -> Method:
         name = f"early_exit {layer} {suffix}{after}"
@@ -138,11 +151,13 @@ def early_exits(
         yield method(name, config, length_control=name)
 
 
-def resolved(config: Mapping[str, Any], vocabulary: Path) -> dict[str, Any]:
-    """The config with folders and files instead of names."""
+def resolved(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The config with folders, and files of `folder`, instead of names."""
     whole = dict(config)
     if "model" in whole:
         whole["model"] = str(zoo.ensure(whole["model"]))
     if "draft_vocabulary" in whole:
-        whole["draft_vocabulary"] = {**whole["draft_vocabulary"], "file": str(vocabulary)}
+        whole["draft_vocabulary"] = {**whole["draft_vocabulary"], "file": str(folder / VOCABULARY)}
+    if "adapter" in whole:
+        whole["adapter"] = str(folder / ADAPTER)
     return whole

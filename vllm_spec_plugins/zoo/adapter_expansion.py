@@ -25,8 +25,9 @@ def expand_adapter(
 ) -> AdapterCard:
     """Write the adapter in `path`, of a model of shape `source`, as one for its expansion.
 
-    A feed-forward part grows as the models' own do. The exit is the same point of the text's
-    way through the layers: after `e * wide.num_layers / source.num_layers` of them.
+    A feed-forward part grows as the models' own do. The exit is the first point at which the
+    wide model has computed what the adapter reads: right after the source's layer `e`, before
+    the layers behind it that add nothing.
 
     Args:
         path: The source's adapter.
@@ -49,7 +50,7 @@ def expand_adapter(
         card,
         model=f"{card.model}, expanded",
         target=dataclasses.replace(_target(wide), rope=card.target.rope),
-        exit_layer=card.exit_layer * wide.num_layers // source.num_layers,
+        exit_layer=(card.exit_layer - 1) * (wide.num_layers // source.num_layers) + 1,
         ffn_size=card.ffn_size * wide.intermediate_size // source.intermediate_size,
         norm_epsilon=wide.rms_norm_eps,
         training={**card.training, "expanded_from": card.model},
