@@ -193,13 +193,12 @@ def test_greedy_requests_are_exact(make: Any) -> None:
 
 @EVERY_RULE
 def test_relaxed_and_exact_requests_of_a_batch_do_not_touch_each_other(make: Any) -> None:
-    from vllm_spec_plugins.engine.v1_verifier import VerifierBridge
+    from vllm_spec_plugins.engine.verify_each import verify_each
 
     plain = random_problem(8, vocab_size=4, num_draft=3, order=3)
     batch, _, _ = enumerated_input([plain, one_hot(plain), plain.with_temperature(0)])
     names = ["exact" if i % 3 else "relaxed" for i in range(len(batch.num_draft))]
-    bridge: Any = SimpleNamespace(verifiers={"exact": LOSSLESS, "relaxed": make()})
-    mixed = VerifierBridge._verify(bridge, batch, names)
+    mixed = verify_each({"exact": LOSSLESS, "relaxed": make()}, batch, names)
     for name, rule in (("exact", LOSSLESS), ("relaxed", make())):
         alone = rule.verify(batch)
         rows = torch.tensor([i for i, other in enumerate(names) if other == name])

@@ -54,6 +54,8 @@ def model_facts(
     model: ModelConfig, parallel: ParallelConfig, num_speculative_tokens: int | None
 ) -> ModelFacts:
     """What plugins may know before any weight is loaded."""
+    config = model.hf_config.to_dict()
+    ends = config.get("eos_token_id")
     return ModelFacts(
         model=model.model,
         vocab_size=model.get_vocab_size(),
@@ -62,7 +64,8 @@ def model_facts(
         max_model_len=model.max_model_len,
         num_speculative_tokens=num_speculative_tokens or 0,
         tensor_parallel_size=parallel.tensor_parallel_size,
-        image_token_range=image_token_range(model.hf_config.to_dict()),
+        image_token_range=image_token_range(config),
+        end_token_ids=(ends,) if isinstance(ends, int) else tuple(ends or ()),
     )
 
 

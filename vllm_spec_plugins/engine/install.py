@@ -68,6 +68,7 @@ def install_engine_seams() -> None:
 
     _wrap_once(VllmConfig, "num_lookahead_tokens", _lookahead)
     _wrap_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
+    _wrap_once(VllmConfig, "_validate_v2_model_runner", _validate_v2)
     _wrap_once(SamplingParams, "_validate_spec_decode", _validate_request)
     _wrap_once(NewRequestData, "from_request", _carry_cache_salt)
     _wrap_once(RequestState, "_new_completion_output", with_price)
@@ -92,18 +93,35 @@ def _lookahead(original: property) -> property:
 
 
 def _v2_unsupported(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Model runner V2 has no adapter of ours: say so where vLLM chooses the runner."""
+    """Our adapter of model runner V2 makes `custom_class` run there; some things it does not."""
 
     @functools.wraps(original)
     def unsupported_features(self: VllmConfig) -> list[str]:
         from .carrier import PluginSpeculativeConfig
+        from .v2_support import CUSTOM_CLASS, reasons_against_v2
 
         features = original(self)
         if isinstance(self.speculative_config, PluginSpeculativeConfig):
-            features.append("verifiers of vllm-spec-plugins")
+            features = [feature for feature in features if feature != CUSTOM_CLASS]
+            features += reasons_against_v2(self)
         return features
 
     return unsupported_features
+
+
+def _validate_v2(original: Callable[..., None]) -> Callable[..., None]:
+    """Where V2 is forced and cannot serve our options, say the way out."""
+
+    @functools.wraps(original)
+    def validate_v2_model_runner(self: VllmConfig) -> None:
+        from .carrier import PluginSpeculativeConfig
+        from .v2_support import refuse_on_v2
+
+        if isinstance(self.speculative_config, PluginSpeculativeConfig):
+            refuse_on_v2(self)
+        original(self)
+
+    return validate_v2_model_runner
 
 
 def _validate_request(original: Callable[..., None]) -> Callable[..., None]:
@@ -155,9 +173,16 @@ def _attach(original: Callable[..., None]) -> Callable[..., None]:
     def init_device(self: Any) -> None:
         from .carrier import PluginSpeculativeConfig
 
+        ours = isinstance(self.vllm_config.speculative_config, PluginSpeculativeConfig)
+        if ours and self.vllm_config.use_v2_model_runner:
+            from vllm.v1.worker.gpu import model_runner
+
+            from .v2_speculator import init_speculator_seam
+
+            _wrap_once(model_runner, "init_speculator", init_speculator_seam)
         original(self)
-        if isinstance(self.vllm_config.speculative_config, PluginSpeculativeConfig):
-            from .v1_runner import attach
+        if ours:
+            from .attach import attach
 
             attach(self.worker, self.vllm_config)
 

@@ -110,26 +110,22 @@ class Target:
         return self._parts.final_norm(state)
 
     def sequences(self, rows: NDArray[np.int64]) -> Sequences:
-        batch = self._runner.input_batch
         index = torch.from_numpy(rows).to(self._runner.device)
-        longest = int(batch.num_tokens_no_spec[rows].max()) + self._lookahead
-        pages = []
-        for group, table in self._groups():
-            block_table = table.get_device_tensor(batch.num_reqs)[index]
-            pages.append(Pages(group, table.block_size, block_table))
+        longest = self._longest(rows) + self._lookahead
+        pages = [Pages(group, size, table[index]) for group, size, table in self._tables()]
         return Sequences(pages, self._runner.vllm_config, longest)
 
     def warm_up_sequences(self, num_requests: int) -> Sequences:
         num_blocks = self._runner.kv_cache_config.num_blocks
         pages, used = [], 0
-        for group, table in self._groups():
-            width = -(-_WARM_UP_POSITIONS // table.block_size)
+        for group, block_size, _ in self._tables():
+            width = -(-_WARM_UP_POSITIONS // block_size)
             # Each group its own: a block of one group is the same memory as that of another.
             # Block 0 is vLLM's own, for padding.
             ids = (used + torch.arange(num_requests * width)) % (num_blocks - 1) + 1
             used += len(ids)
             block_table = ids.view(num_requests, width).to(self._runner.device, torch.int32)
-            pages.append(Pages(group, table.block_size, block_table))
+            pages.append(Pages(group, block_size, block_table))
         return Sequences(pages, self._runner.vllm_config, _WARM_UP_POSITIONS)
 
     def check(self) -> None:
@@ -148,7 +144,7 @@ class Target:
             with sequences.step(positions, [count]):
                 out = self._module(
                     # As it was compiled for: nothing checks that, and other widths are misread.
-                    input_ids=token_ids.to(self._runner.input_ids.gpu.dtype),
+                    input_ids=token_ids.to(self._input_dtype),
                     positions=positions,
                     intermediate_tensors=None,
                     inputs_embeds=None,
@@ -174,12 +170,24 @@ class Target:
                 "them would miss. Use another proposer (`vllm-spec list`)."
             )
 
-    def _groups(self) -> list[tuple[Any, Any]]:
-        """Every attention group of the engine with its block table."""
-        tables = self._runner.input_batch.block_table
+    # Where runner V1 keeps things; `v2_target` says where V2 does.
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        """Of token ids, as the target was compiled for."""
+        return self._runner.input_ids.gpu.dtype
+
+    def _longest(self, rows: NDArray[np.int64]) -> int:
+        """Tokens of the longest of some requests."""
+        return int(self._runner.input_batch.num_tokens_no_spec[rows].max())
+
+    def _tables(self) -> list[tuple[Any, int, Tensor]]:
+        """Every attention group of the engine, its block size, and its table, a row each."""
+        batch = self._runner.input_batch
         return [
-            (group, tables[index])
+            (group, table.block_size, table.get_device_tensor(batch.num_reqs))
             for index, groups in enumerate(self._runner.attn_groups)
+            for table in (batch.block_table[index],)
             for group in groups
         ]
 

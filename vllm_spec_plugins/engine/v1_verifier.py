@@ -21,7 +21,9 @@ from vllm.v1.sample.logits_processor import MinTokensLogitsProcessor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
+from vllm_spec_plugins.verifier import Verifier, VerifyInput
+
+from .verify_each import verify_each
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -265,25 +267,6 @@ class VerifierBridge(RejectionSampler):
             ),
             history=adapter.token_history(requests),
         )
-        verification = self._verify(batch, requests.verifiers)
+        verification = verify_each(self.verifiers, batch, requests.verifiers)
         adapter.verified(batch, verification)
         return verification.token_ids.to(torch.int32)
-
-    def _verify(self, batch: VerifyInput, names: list[str]) -> Verification:
-        """Each request by its own verifier, without touching each other."""
-        distinct = set(names)
-        if len(distinct) == 1:
-            return self.verifiers[distinct.pop()].verify(batch)
-        token_ids = batch.draft_token_ids.new_full((len(names), batch.max_num_draft + 1), -1)
-        accepted = torch.zeros_like(batch.num_draft)
-        extra = batch.target_logits.new_zeros(len(batch.draft_token_ids))
-        for name in sorted(distinct):
-            rows = [i for i, other in enumerate(names) if other == name]
-            requests = torch.tensor(rows, device=token_ids.device)
-            part = self.verifiers[name].verify(batch.select(requests))
-            token_ids[requests] = part.token_ids
-            accepted[requests] = part.accepted
-            if part.extra_acceptance is not None:
-                tokens = torch.isin(batch.request_of, requests)
-                extra[tokens] = part.extra_acceptance.to(extra.dtype)
-        return Verification(token_ids, accepted, extra)
