@@ -23,6 +23,7 @@ class ModelFacts:
         tensor_parallel_size: Ranks that share each layer.
         image_token_range: `[first, last + 1)` ids that are image codes, where the model's
             config says so (`image_token_range.py`).
+        end_token_ids: Tokens that end a text, where the model's config names them.
     """
 
     model: str
@@ -33,6 +34,7 @@ class ModelFacts:
     num_speculative_tokens: int
     tensor_parallel_size: int = 1
     image_token_range: tuple[int, int] | None = None
+    end_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,304 @@
+"""`diffusion`: a masked diffusion model beside the target writes the whole draft in one pass.
+
+The drafter reads the last `context_window` tokens of a request's text, and behind them a block of
+masks that see the text and each other: one pass, one law for each draft token, however long the
+draft (DiffuSpec 2510.02358, DEER 2512.15176). What the text left behind in the drafter is kept
+from step to step, one row of `PrefixCache` for each request; only verified tokens enter it, so a
+rejection has nothing to undo.
+
+From the laws come drawn tokens with their laws kept, the most likely tokens (greedy requests), or a
+path (`path_search`); see `parallel` for why each is exact.
+
+**More than one denoising step.** Each step settles its share of the block and looks again, with the
+settled tokens in the place of their masks. *Chosen* tokens are settled where the drafter is surest,
+as in LLaDA and Dream: a choice is exact in any order. *Drawn* tokens are settled left to right.
+Then the law of a token was computed from tokens before it alone, and it is the law of that token
+given the draft so far: the q verification needs. In order of confidence it would not be: had
+position 5 been drawn first and position 2 from what it says, then accepting the token at 2 would
+tell something of the one at 5, which would no longer have the law it was drawn from. (That bias is
+what the control in `tests/test_parallel_law.py` measures.)
+
+Under tensor parallelism every rank has the drafter whole and computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
+from vllm_spec_plugins.diffusion.folder import check_folder, read_config
+from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.length_control import Fixed, LengthControlOptions
+from vllm_spec_plugins.proposer import DraftInput, ProposerOptions
+
+from .parallel import Block, ParallelOptions, ParallelProposer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.diffusion.folder import DrafterConfig
+    from vllm_spec_plugins.target_model import TargetModel
+
+    from .block_draws import BlockDraws
+
+
+class DiffusionOptions(ParallelOptions):
+    model: str = Field(
+        description="Folder of the drafter, written by `vllm-spec calibrate diffusion-drafter`."
+    )
+    context_window: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of the text the drafter sees. Default: as many as it was made for, "
+        "up to 512.",
+    )
+    block_size: int | None = Field(
+        None,
+        ge=1,
+        description="Masks in a block; a drafter does best with as many as it was trained with. "
+        "Default: num_speculative_tokens.",
+    )
+    denoising_steps: int = Field(
+        1, ge=1, description="Passes over a block; each settles its share of the tokens."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="What the drafter computes in."
+    )
+
+
+class Diffusion(ParallelProposer):
+    """Drafts with a masked diffusion model of its own, a whole block in one pass."""
+
+    Options = DiffusionOptions
+    options: DiffusionOptions
+
+    #: Window of a drafter that was made for more.
+    WINDOW = 512
+    #: Tokens of prompts read in one pass.
+    TOKENS_PER_PASS = 4096
+
+    def __init__(self, options: DiffusionOptions, context: EngineContext) -> None:
+        super().__init__(options, context)
+        self._row_of: dict[str, int] = {}
+        self._free = list(range(context.max_num_requests))[::-1]
+        #: `[rows]` last token that each row of the cache has read.
+        self._last_read = np.zeros(context.max_num_requests, dtype=np.int64)
+        self._block_size = options.block_size or context.facts.num_speculative_tokens
+
+    @classmethod
+    def check(cls, options: ProposerOptions, facts: ModelFacts) -> None:
+        assert isinstance(options, DiffusionOptions)
+        super().check(options, facts)
+        most = facts.num_speculative_tokens
+        size = options.block_size or most
+        if size < most:
+            raise ConfigError(
+                f"diffusion: a block of {size} masks cannot give num_speculative_tokens {most}. "
+                "Raise block_size or lower num_speculative_tokens."
+            )
+        if options.denoising_steps > size:
+            raise ConfigError(
+                f"diffusion: {options.denoising_steps} denoising_steps cannot each settle a token "
+                f"of a block of {size}. Lower denoising_steps."
+            )
+        config = check_folder(options.model, facts, options.context_window)
+        if config.max_positions - size < (options.context_window or 1):
+            raise ConfigError(
+                f"diffusion: context_window {options.context_window or 1} and block_size {size} "
+                f"are more than the {config.max_positions} positions of the drafter "
+                f"{options.model}. Lower one of them."
+            )
+
+    def load(self, target: TargetModel) -> None:
+        del target
+        context, options = self.context, self.options
+        dtype: torch.dtype = getattr(torch, options.dtype)
+        self._drafter = DiffusionDrafter.load(options.model, context.device, dtype)
+        window = options.context_window or self._default_window(read_config(options.model))
+        self._cache = self._drafter.new_cache(context.max_num_requests, window)
+
+    def _default_window(self, config: DrafterConfig) -> int:
+        made_for = min(config.max_positions, self.context.facts.max_model_len) - self._block_size
+        return max(min(made_for, self.WINDOW), 1)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Draft for one request and for two, with and without a temperature."""
+        for temperatures in ([0.0], [0.5, 0.0][: self.context.max_num_requests]):
+            batch = _nobodys_requests(temperatures, self.context)
+            self.propose(batch)
+            self.finish(batch.request_ids)
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        super().finish(request_ids)
+        rows = [row for name in request_ids if (row := self._row_of.pop(name, None)) is not None]
+        if rows:
+            self._cache.forget(rows)
+            self._free.extend(rows)
+
+    def logits(self, batch: DraftInput, requests: NDArray[np.int64]) -> Tensor:
+        """One pass over what is new of each text, and masks behind it: `[n, B, V]`."""
+        rows, new = self._catch_up(batch, requests)
+        groups = list(self._groups(new))
+        if len(groups) == 1:
+            return self._first_pass(batch, requests, rows, new)
+        parts = [self._first_pass(batch, requests[g], rows[g], new[g]) for g in groups]
+        order = torch.from_numpy(np.concatenate(groups)).to(parts[0].device)
+        whole = torch.cat(parts)
+        return torch.empty_like(whole).index_copy_(0, order, whole)
+
+    def block(self, batch: DraftInput, requests: NDArray[np.int64], draws: BlockDraws) -> Block:
+        steps = self.options.denoising_steps
+        if steps == 1:
+            return super().block(batch, requests, draws)
+        logits = self.logits(batch, requests)
+        rows = [self._row_of[name] for name in batch.keys.select(requests).request_ids]
+        mask = self._drafter.config.mask_token_id
+        block = logits.new_full(logits.shape[:2], mask, dtype=torch.int64)
+        kept_logits, kept_law = torch.empty_like(logits), None
+        left = block.shape[1]
+        for step in range(steps):
+            if step:
+                logits = self._drafter.denoise(self._cache, rows, block.cpu().numpy())
+            count = -(-left // (steps - step))
+            columns = columns_to_settle(logits, block == mask, draws.sampled, count)  # [n, count]
+            own = logits.gather(1, _wide(columns, logits))
+            token_ids, law = draws(own, columns)
+            block.scatter_(1, columns, token_ids)
+            kept_logits.scatter_(1, _wide(columns, own), own)
+            kept_law = _keep(kept_law, law, columns, block.shape[1])
+            left -= count
+        return Block(block, kept_logits, kept_law)
+
+    def _catch_up(
+        self, batch: DraftInput, requests: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row of each request in the cache, and how many tokens of its text it has to read.
+
+        Those are the last ones. A request that did not draft for a while reads what it missed; of
+        a text longer than the window only the window is read. A text that is not the one read so
+        far, which `finish` should have told, begins anew.
+        """
+        names = batch.keys.select(requests).request_ids
+        for name in names:
+            if name not in self._row_of:
+                self._row_of[name] = self._free.pop()
+        rows = np.array([self._row_of[name] for name in names], dtype=np.int64)
+        ends = batch.num_tokens[requests]
+        known = self._cache.next[rows]
+        last = batch.token_history[batch.rows[requests], np.maximum(known, 1) - 1]
+        same = (known > 0) & (known < ends) & (last == self._last_read[rows])
+        anew = np.flatnonzero(~same | (ends - known > self._cache.window))
+        if len(anew):
+            begins = np.maximum(ends[anew] - self._cache.window, 0)
+            self._cache.begin(rows[anew], begins)
+        self._last_read[rows] = batch.last_token_ids[requests]
+        return rows, ends - self._cache.next[rows]
+
+    def _groups(self, new: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Indices of requests to be read together: steps of decoding, then prompts by length."""
+        usual = new <= 1 + self.context.facts.num_speculative_tokens
+        if usual.any():
+            yield np.flatnonzero(usual)
+        prompts = np.flatnonzero(~usual)
+        prompts = prompts[np.argsort(-new[prompts], kind="stable")]
+        while len(prompts):
+            count = max(1, self.TOKENS_PER_PASS // int(new[prompts[0]]))
+            yield prompts[:count]
+            prompts = prompts[count:]
+
+    def _first_pass(
+        self,
+        batch: DraftInput,
+        requests: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        new: NDArray[np.int64],
+    ) -> Tensor:
+        """`[n, B, V]` laws, and the new text into the cache."""
+        begins = batch.num_tokens[requests] - new
+        # [n, T], padded with whatever stands in the table behind the text.
+        columns = np.minimum(
+            begins[:, None] + np.arange(new.max()), batch.token_history.shape[1] - 1
+        )
+        token_ids = batch.token_history[batch.rows[requests][:, None], columns].astype(np.int64)
+        token_ids[np.arange(token_ids.shape[1]) >= new[:, None]] = 0
+        return self._drafter.draft(self._cache, rows, token_ids, new, self._block_size)
+
+
+def columns_to_settle(
+    logits: Tensor, masked: Tensor, sampled: NDArray[np.bool_], count: int
+) -> Tensor:
+    """Which tokens of each block a denoising step settles.
+
+    Args:
+        logits: `[n, B, V]`.
+        masked: `[n, B]` bool, not settled yet: equally many in every row.
+        sampled: `[n]` bool, blocks of drawn tokens: from left to right. The others: those the
+            drafter is surest of.
+        count: How many of each.
+
+    Returns:
+        `[n, count]` int64.
+    """
+    size = masked.shape[1]
+    surest = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+    leftmost = torch.arange(size, 0, -1, device=logits.device, dtype=surest.dtype)
+    draws = torch.from_numpy(sampled).to(logits.device).unsqueeze(1)
+    order = torch.where(draws, leftmost, surest).masked_fill(~masked, -1)
+    return order.topk(count, dim=1).indices
+
+
+def _keep(
+    kept: DraftProbabilities | None,
+    law: DraftProbabilities | None,
+    columns: Tensor,
+    size: int,
+) -> DraftProbabilities | None:
+    """Laws of some columns, `[n, m, M]`, put into those of a block, `[n, size, M]`."""
+    if law is None:
+        return None
+    assert law.sampled is not None
+    if kept is None:
+        shape = (len(columns), size, law.values.shape[-1])
+        kept = DraftProbabilities(
+            law.values.new_zeros(shape),
+            None if law.vocabulary is None else law.vocabulary.new_zeros(shape),
+            law.sampled[:, :1].expand(-1, size),
+        )
+    kept.values.scatter_(1, _wide(columns, law.values), law.values)
+    if kept.vocabulary is not None:
+        assert law.vocabulary is not None
+        kept.vocabulary.scatter_(1, _wide(columns, law.vocabulary), law.vocabulary)
+    return kept
+
+
+def _wide(columns: Tensor, like: Tensor) -> Tensor:
+    """`[n, m]` columns as an index into the second dimension of three."""
+    return columns.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+
+
+def _nobodys_requests(temperatures: Sequence[float], context: EngineContext) -> DraftInput:
+    """A step of requests that nobody sent, each of which may draft as much as it can."""
+    count = len(temperatures)
+    ones = np.ones(count, dtype=np.int64)
+    return DraftInput(
+        request_ids=[f"warm-up {i}" for i in range(count)],
+        token_history=np.zeros((count, 4), dtype=np.int32),
+        rows=np.arange(count),
+        num_tokens=3 * ones,
+        num_prompt_tokens=ones,
+        max_draft=context.facts.num_speculative_tokens * ones,
+        temperatures=np.array(temperatures, dtype=np.float32),
+        streams=0 * ones,
+        hidden_states=None,
+        cache_salts=None,
+        length_control=Fixed(LengthControlOptions(), context),
+    )
