@@ -20,11 +20,9 @@ from vllm_spec_plugins.triton_kernels.ranked_lm_head import (
     ranked_lm_head,
     ranked_lm_head_reference,
 )
-from vllm_spec_plugins.triton_kernels.verify_fused import (
-    DraftLogits,
-    verify_fused,
-    verify_fused_reference,
-)
+from vllm_spec_plugins.triton_kernels.relaxations import DraftLogits
+from vllm_spec_plugins.triton_kernels.verify_fused import verify_fused
+from vllm_spec_plugins.triton_kernels.verify_reference import verify_fused_reference
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.testing.chi_square import compare

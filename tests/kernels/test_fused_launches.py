@@ -11,12 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 from vllm_spec_plugins.triton_kernels.ranked_lm_head import Noise, ranked_lm_head
-from vllm_spec_plugins.triton_kernels.verify_fused import (
-    DraftLogits,
-    Judge,
-    can_verify_fused,
-    verify_fused,
-)
+from vllm_spec_plugins.triton_kernels.relaxations import DraftLogits, Judge
+from vllm_spec_plugins.triton_kernels.verify_fused import can_verify_fused, verify_fused
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities

@@ -11,17 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vllm_spec_plugins.triton_kernels.dispatch import INTERPRETED, tl, triton
-from vllm_spec_plugins.triton_kernels.verify_fused import (
+from vllm_spec_plugins.triton_kernels.relaxations import (
     DraftLogits,
     GivenAcceptance,
     GroupSum,
     Judge,
-    LaunchShape,
     NeighbourSum,
-    uniform,
-    verify_fused,
-    verify_fused_reference,
 )
+from vllm_spec_plugins.triton_kernels.verify_fused import LaunchShape, uniform, verify_fused
+from vllm_spec_plugins.triton_kernels.verify_reference import verify_fused_reference
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.random_numbers import Purpose, uniforms

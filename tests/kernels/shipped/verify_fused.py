@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from vllm_spec_plugins.triton_kernels.verify_fused import (
+from vllm_spec_plugins.triton_kernels.relaxations import (
     DraftLogits,
     GivenAcceptance,
     GroupSum,
     Judge,
     NeighbourSum,
-    verify_fused,
 )
+from vllm_spec_plugins.triton_kernels.verify_fused import verify_fused
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.verifier import VerifyInput
