@@ -285,6 +285,29 @@ def serve_offline(random_model: Path) -> Serve:
 
 
 @pytest.fixture(scope="session")
+def serve_crowd(serve_offline: Serve) -> Serve:
+    """`with serve_crowd(speculative_config, folder, **engine_args) as llm`: thousands of texts.
+
+    An engine whose steps are few and large, of a model without a tokenizer.
+    """
+
+    def serve(
+        speculative_config: Mapping[str, Any] | None, folder: Path, **engine_args: Any
+    ) -> AbstractContextManager[LLM]:
+        return serve_offline(
+            speculative_config,
+            model=str(folder),
+            skip_tokenizer_init=True,
+            max_num_seqs=256,
+            max_num_batched_tokens=8192,
+            num_gpu_blocks_override=1024,
+            **engine_args,
+        )
+
+    return serve
+
+
+@pytest.fixture(scope="session")
 def adapter_of() -> Callable[[LLM], V1Adapter]:
     """`adapter_of(llm)`: the adapter on the runner of an engine from `serve_offline`."""
 

@@ -69,6 +69,7 @@ def test_bad_input_fails_before_the_model_loads(
 def test_the_law_while_requests_are_preempted(
     coupling: str,
     serve_offline: Callable[..., Any],
+    serve_crowd: Callable[..., Any],
     narrow_models: tuple[Path, Path],
     exact_law: Callable[..., Tensor],
     generate: Callable[..., list[list[int]]],
@@ -80,12 +81,9 @@ def test_the_law_while_requests_are_preempted(
     dice = random.Random(0)
     prompt = [dice.randrange(3, VOCABULARY) for _ in range(93)]  # a block is full after three more
     model = {"model": str(narrow_models[0]), "skip_tokenizer_init": True}
-    with serve_offline(
+    with serve_crowd(
         None,
-        **model,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        num_gpu_blocks_override=1024,
+        narrow_models[0],
         logprobs_mode="processed_logprobs",
         max_logprobs=VOCABULARY,
     ) as llm:

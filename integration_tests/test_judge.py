@@ -161,7 +161,7 @@ def test_requests_with_a_grammar_are_exact_beside_judged_ones(
 
 
 def test_the_distance_of_the_texts_is_the_price_in_the_metrics(
-    narrow_models: tuple[Path, Path], write_head: Any, serve_offline: Any, drafted_by: Any
+    narrow_models: tuple[Path, Path], write_head: Any, serve_crowd: Any, drafted_by: Any
 ) -> None:
     """Both are what the models' own laws and the head's scores say they must be."""
     import torch
@@ -203,14 +203,7 @@ def test_the_distance_of_the_texts_is_the_price_in_the_metrics(
         "num_speculative_tokens": 1,
         "verifier": {"name": "judge", "head": path, "threshold": float(middle.sigmoid())},
     }
-    with serve_offline(
-        config,
-        model=str(target),
-        skip_tokenizer_init=True,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        num_gpu_blocks_override=1024,
-    ) as llm:
+    with serve_crowd(config, target) as llm:
         params = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True, detokenize=False)
         texts = [{"prompt_token_ids": PROMPT}] * TEXTS
         outputs = llm.generate(texts, params, use_tqdm=False)

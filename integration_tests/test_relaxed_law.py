@@ -48,21 +48,13 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def serve_narrow(
-    serve_offline: Callable[..., Any], narrow_models: tuple[Path, Path]
+    serve_crowd: Callable[..., Any], narrow_models: tuple[Path, Path]
 ) -> Callable[..., Any]:
     @contextmanager
     def serve(config: Mapping[str, Any] | None, model: int = 0, **more: Any) -> Iterator[Any]:
         if config is not None:
             config = {**config, "model": str(narrow_models[1])}
-        with serve_offline(
-            config,
-            model=str(narrow_models[model]),
-            skip_tokenizer_init=True,
-            max_num_seqs=256,
-            max_num_batched_tokens=8192,
-            num_gpu_blocks_override=1024,
-            **more,
-        ) as llm:
+        with serve_crowd(config, narrow_models[model], **more) as llm:
             yield llm
 
     return serve

@@ -52,22 +52,15 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def laws(
-    serve_offline: Callable[..., Any],
+    serve_crowd: Callable[..., Any],
     narrow_models: tuple[Path, Path],
     exact_law: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`[V, V]` joint law of the first two tokens, and `[V, V]` the draft model's of the second."""
     found = []
     for model in narrow_models:
-        with serve_offline(
-            None,
-            model=str(model),
-            skip_tokenizer_init=True,
-            max_num_seqs=256,
-            max_num_batched_tokens=8192,
-            num_gpu_blocks_override=1024,
-            logprobs_mode="processed_logprobs",
-            max_logprobs=VOCABULARY,
+        with serve_crowd(
+            None, model, logprobs_mode="processed_logprobs", max_logprobs=VOCABULARY
         ) as llm:
             found.append(exact_law(llm, PROMPT, {"temperature": 1.0}).sum(dim=2))
     target, draft = found
@@ -98,7 +91,7 @@ def config_of(rule: str, draft: Path, neighbours: str) -> dict[str, Any]:
 )
 def test_the_distance_of_the_texts_is_the_price_in_the_metrics(
     rule: str,
-    serve_offline: Callable[..., Any],
+    serve_crowd: Callable[..., Any],
     narrow_models: tuple[Path, Path],
     laws: tuple[Tensor, Tensor],
     neighbours: str,
@@ -109,15 +102,8 @@ def test_the_distance_of_the_texts_is_the_price_in_the_metrics(
 
     target, q = laws
     p = target / target.sum(dim=1, keepdim=True)
-    with serve_offline(
-        config_of(rule, narrow_models[1], neighbours),
-        model=str(narrow_models[0]),
-        skip_tokenizer_init=True,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        num_gpu_blocks_override=1024,
-        **SAYS_ITS_RANGE,
-    ) as llm:
+    config = config_of(rule, narrow_models[1], neighbours)
+    with serve_crowd(config, narrow_models[0], **SAYS_ITS_RANGE) as llm:
         params = SamplingParams(max_tokens=2, temperature=1.0, ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": PROMPT}] * TEXTS
         outputs = llm.generate(prompts, params, use_tqdm=False)
