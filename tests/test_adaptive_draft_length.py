@@ -87,6 +87,11 @@ def test_one_rejection_is_remembered_until_only_rounding_is_left() -> None:
     assert lengths(control, "a") == [7]
 
 
+def test_more_requests_than_expected() -> None:
+    names = [str(i) for i in range(5)]
+    assert lengths(controller(), *names) == [20] * 5
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"k_max": 31}, "num_speculative_tokens is 30"), ({"k_min": 9, "k_max": 8}, "k_min is 9")],

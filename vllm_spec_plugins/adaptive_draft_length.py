@@ -84,7 +84,8 @@ class AdaptiveDraftLength(LengthController):
 
     def limits(self, requests: RequestKeys) -> NDArray[np.int64]:
         k_min, k_max = self._bounds
-        averages = self._averages.values[self._averages.rows(requests.request_ids)]
+        rows = self._averages.rows(requests.request_ids)  # may make room
+        averages = self._averages.values[rows]
         generated, accepted = averages[:, self._GENERATED], averages[:, self._ACCEPTED]
         whole = (generated >= 0) & (accepted >= generated - self._ROUNDING)
         lengths = np.floor(generated + self._ROUNDING).astype(np.int64) + self._delta * whole
