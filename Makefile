@@ -25,8 +25,9 @@ demo: set-up  ## plain decoding, vLLM's ngram and ours, served and compared (MOD
 test test-all: export OMP_NUM_THREADS := 1
 test test-all: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test test-all: export VLLM_CPU_KVCACHE_SPACE := 1
-# A file stays with one process: its engines are shared by its tests.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile
+# A file stays with one process: its engines are shared by its tests. Files in the order of
+# `testpaths`, those with engines first.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: set-up  ## the test suite without the slow ones
 	$(BIN)/pytest -m "not slow" $(SPREAD)

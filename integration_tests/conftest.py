@@ -263,6 +263,7 @@ def serve_offline(random_model: Path) -> Serve:
         }
         nonlocal alive
         spec = None if speculative_config is None else dict(speculative_config)
+        gc.freeze()  # vLLM collects garbage seven times at a start: half a second each
         llm = LLM(**{**defaults, **engine_args}, speculative_config=spec)
         alive += 1
         try:
@@ -270,15 +271,17 @@ def serve_offline(random_model: Path) -> Serve:
         finally:
             alive -= 1
             client: Any = llm.llm_engine.engine_core
-            if alive:  # vLLM's own shutdown would tear down what the others run on
-                client._finalizer.detach()
-                executor = client.engine_core.model_executor
-                executor.driver_worker.worker.model_runner.shutdown()
-                gc.unfreeze()
-                del executor
-            else:
-                client.shutdown()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gc, "collect", lambda generation=2: generation)  # once is enough
+                if alive:  # vLLM's own shutdown would tear down what the others run on
+                    client._finalizer.detach()
+                    executor = client.engine_core.model_executor
+                    executor.driver_worker.worker.model_runner.shutdown()
+                    del executor
+                else:
+                    client.shutdown()
             del client, llm
+            gc.unfreeze()
             gc.collect()
 
     return serve

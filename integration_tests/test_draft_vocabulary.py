@@ -74,7 +74,9 @@ def accepted_share(tally: dict[str, Any]) -> float:
     return tally["accepted"] / tally["drafted"]
 
 
-@pytest.mark.parametrize("method", ["draft_model", "frequency_vocab"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("draft_model", marks=pytest.mark.slow), "frequency_vocab"]
+)
 def test_greedy_text_and_acceptance(
     method: str,
     own_draft: dict[str, Any],
@@ -318,7 +320,15 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("drawn, token", marks=pytest.mark.slow),
+        pytest.param("chosen", marks=pytest.mark.slow),
+        "frequency_vocab, dynamic, block",
+        "two lists, dynamic",
+    ],
+)
 def test_the_law_is_the_targets(
     name: str, serve_narrow: Any, law: Tensor, generate: Any, drafted_by: Any
 ) -> None:
@@ -346,7 +356,9 @@ def test_requests_of_every_kind_in_one_batch(serve_narrow: Any, law: Tensor, gen
     assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
 
 
-@pytest.mark.parametrize("wrong", ["flattened", "of other tokens"])
+@pytest.mark.parametrize(
+    "wrong", ["flattened", pytest.param("of other tokens", marks=pytest.mark.slow)]
+)
 def test_a_wrong_law_is_noticed(
     wrong: str, serve_narrow: Any, law: Tensor, generate: Any, adapter_of: Any
 ) -> None:

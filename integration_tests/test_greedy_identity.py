@@ -59,6 +59,14 @@ CONFIGURATIONS = {
         "length_control": {"name": "thompson", "cost_ratio": 0.1},
     },
 }
+#: Kin of configurations that run by default.
+SLOW = {
+    "ngram_adaptive, block",
+    "ngram of vLLM",
+    "third party",
+    "early_exit, exits per token",
+    "early_exit, thompson",
+}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +115,13 @@ def plain_texts(
 
 
 @pytest.mark.usefixtures("acme_methods")
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in CONFIGURATIONS
+    ],
+)
 def test_greedy_text_is_plain_decodings(
     name: str,
     serve_offline: Callable[..., Any],

@@ -74,10 +74,7 @@ BLOCK = {"name": "lossless", "rule": "block"}
 
 CONFIGURATIONS = {
     "ngram_adaptive, token": {**NGRAM_ADAPTIVE, "verifier": "lossless"},
-    "ngram_adaptive, block": {**NGRAM_ADAPTIVE, "verifier": BLOCK},
     "draft_model of vLLM, block": {**DRAFT_MODEL, "verifier": BLOCK},
-    "third party, compact, block": {**THIRD_PARTY, "vocabulary": "compact", "verifier": BLOCK},
-    "early_exit, token": EARLY_EXIT,
     "early_exit, ranked and dynamic, block": {
         **EARLY_EXIT,
         "draft_vocabulary": {**RANKED, "dynamic_tokens": 2},
@@ -98,6 +95,9 @@ CONFIGURATIONS = {
     "jacobi, maximal": {**JACOBI, "filler": "random"},
 }
 MORE_CONFIGURATIONS = {
+    "early_exit, token": EARLY_EXIT,
+    "third party, compact, block": {**THIRD_PARTY, "vocabulary": "compact", "verifier": BLOCK},
+    "ngram_adaptive, block": {**NGRAM_ADAPTIVE, "verifier": BLOCK},
     "ngram of vLLM": {**NGRAM, "verifier": "lossless"},
     "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
     "third party": THIRD_PARTY,

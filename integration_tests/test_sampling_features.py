@@ -244,7 +244,7 @@ def test_structured_outputs_hold(drafted: Decoded) -> None:
 @pytest.mark.parametrize(
     "mode",
     [
-        "raw_logprobs",
+        pytest.param("raw_logprobs", marks=pytest.mark.slow),
         "processed_logprobs",
         pytest.param("raw_logits", marks=pytest.mark.slow),
         pytest.param("processed_logits", marks=pytest.mark.slow),

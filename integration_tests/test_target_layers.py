@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,17 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-#: Run by default, beside what other tests of this file start: several windows, both conventions.
-CHOSEN = {"Mistral, sliding window", "Gemma3", "OLMo3"}
-ALL = [
-    name if name in CHOSEN else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
-]
+#: Run by default, beside what other tests of this file start: two windows in one model.
+CHOSEN = {"Gemma3"}
 #: One without and one with norms behind its sublayers, and one of Hugging Face's convention.
 KINDS = ["Llama", "Gemma2", "OLMo2"]
+
+
+def mostly_slow(names: Iterable[str], chosen: Container[str]) -> list[Any]:
+    """All of them for `parametrize`; only the chosen ones run by default."""
+    slow = pytest.mark.slow
+    return [name if name in chosen else pytest.param(name, marks=slow) for name in names]
+
 
 Model = Callable[[str], Path]
 Serve = Callable[..., Any]
@@ -143,7 +147,7 @@ def check_exits(
     return check_exits
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", mostly_slow(ARCHITECTURES, CHOSEN))
 def test_exits(architecture: str, check_exits: Callable[..., None]) -> None:
     check_exits(architecture)
 
@@ -154,7 +158,7 @@ def test_exits_of_a_compiled_target(architecture: str, check_exits: Callable[...
     check_exits(architecture, enforce_eager=False)
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "OLMo2"])
+@pytest.mark.parametrize("architecture", mostly_slow(["Llama", "OLMo2"], {"OLMo2"}))
 def test_states_between_layers_are_those_of_the_layers(
     architecture: str, serve: Serve, plain_texts: Any, generate: Any, adapter_of: Any, prompts: Any
 ) -> None:
@@ -217,7 +221,7 @@ def logits_without(
         return model(torch.tensor([token_ids])).logits[0]
 
 
-@pytest.mark.parametrize("architecture", KINDS)
+@pytest.mark.parametrize("architecture", mostly_slow(KINDS, {"Llama"}))
 def test_skips(
     architecture: str,
     serve: Serve,
@@ -403,7 +407,7 @@ REFUSED_MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_MODELS)
+@pytest.mark.parametrize("name", mostly_slow(REFUSED_MODELS, {"Mamba", "M-RoPE"}))
 def test_models_refused_before_anything_loads(
     name: str, refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -440,7 +444,7 @@ def test_a_model_that_does_something_between_its_layers_is_refused(
     assert "GraniteForCausalLM: its layers run one by one give other logits" in said
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "OLMo2"])
+@pytest.mark.parametrize("architecture", mostly_slow(["Llama", "OLMo2"], {"Llama"}))
 def test_the_self_check_notices_layers_in_another_order(
     architecture: str,
     refused: Callable[..., str],

@@ -484,6 +484,7 @@ def test_prompts_are_whole_lines_of_held_out_files() -> None:
         assert any(text.startswith(prompt) for text in held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_demo_parts_on_a_real_server(tmp_path: Path) -> None:
     """`serve` on this distribution, our proposer, metrics and trace: what `demo` relies on."""

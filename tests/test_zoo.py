@@ -612,6 +612,7 @@ def test_the_fused_matrices_are_all_the_hidden_ones() -> None:
     assert others == {"embedding", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_vllm_serves_it_and_its_expansion(tiny: Llama, tiny_folder: Path) -> None:
     expanded = zoo.ensure("expanded-tiny", threads=1)

@@ -7,6 +7,7 @@ JOBS is a JSON list; each job has `engine` (arguments of `LLM`) and `batches`, e
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 def serve(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
+    gc.freeze()  # vLLM collects garbage seven times at a start: half a second each
     try:
         llm = LLM(**job["engine"])
     except Exception as error:  # noqa: BLE001 - reported to the test
