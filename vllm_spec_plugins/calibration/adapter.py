@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,16 @@ class AdapterRecipe:
             raise SpecPluginsError(
                 f"window must be 2 to {model.max_positions} tokens, not {self.window}"
             )
+
+
+class Batches(Protocol):
+    """A recipe, as far as it decides which windows come when."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +228,7 @@ def train(
     return TrainedBlock(block, losses, time.perf_counter() - start, resumed_at)
 
 
-def windows_of_step(step: int, windows: int, recipe: AdapterRecipe) -> NDArray[np.int64]:
+def windows_of_step(step: int, windows: int, recipe: Batches) -> NDArray[np.int64]:
     """Indices of a step's windows, `[B]`: a function of the step, so nothing to checkpoint.
 
     Each pass over the text has an order of its own.

@@ -265,6 +265,24 @@ class DiffusionDrafter(nn.Module):
             x = layer.finish(x, layer.attend(query, key, value, visible[:, None]))
         return self._normed(x)
 
+    def matrices(self) -> list[tuple[Tensor, list[int]]]:
+        """Every matrix inside the layers, with the row counts of those fused in it (`Muon`)."""
+        config = self.config
+        queries, keys = (
+            n * config.head_dim for n in (config.num_heads, config.num_key_value_heads)
+        )
+        inner, hidden = config.intermediate_size, config.hidden_size
+        return [
+            pair
+            for layer in self._stack
+            for pair in (
+                (layer.qkv, [queries, keys, keys]),
+                (layer.attention_out, [hidden]),
+                (layer.gate_up, [inner, inner]),
+                (layer.down, [hidden]),
+            )
+        ]
+
     def assign(self, weights: Mapping[str, Tensor]) -> None:
         """Set all weights from tensors under Llama's names (`DrafterConfig.weight_shapes`).
 

@@ -90,6 +90,51 @@ class DrafterConfig:
     attention_pattern: str
     predicts: str
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DrafterConfig:
+        """From the keys of a `config.json`.
+
+        Raises:
+            KeyError: One is missing.
+            ValueError: A value is none that we can serve.
+        """
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            raise ValueError(f'rotary embedding "{kind}" is not supported: only "default" is')
+        if (activation := values.get("hidden_act", "silu")) != "silu":
+            raise ValueError(f'hidden_act "{activation}" is not supported: only "silu" is')
+        for key, known in (("attention_pattern", ATTENTION_PATTERNS), ("predicts", PREDICTS)):
+            if values[key] not in known:
+                raise ValueError(f'{key} must be one of {listed(known)}, not "{values[key]}"')
+        theta = rope.get("rope_theta") or values.get("rope_theta")
+        if theta is None:
+            raise KeyError("rope_theta")
+        config = cls(
+            vocab_size=int(values["vocab_size"]),
+            hidden_size=hidden,
+            intermediate_size=int(values["intermediate_size"]),
+            num_layers=int(values["num_hidden_layers"]),
+            num_heads=heads,
+            num_key_value_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or hidden // heads),
+            max_positions=int(values["max_position_embeddings"]),
+            rope_theta=float(theta),
+            rms_norm_eps=float(values["rms_norm_eps"]),
+            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            attention_bias=bool(values["attention_bias"]),
+            mask_token_id=int(values["mask_token_id"]),
+            attention_pattern=values["attention_pattern"],
+            predicts=values["predicts"],
+        )
+        if not 0 <= config.mask_token_id <= config.vocab_size:
+            raise ValueError(
+                f"mask_token_id {config.mask_token_id} is neither one of the {config.vocab_size} "
+                f"tokens nor the one after them ({config.vocab_size})"
+            )
+        return config
+
     @property
     def num_embeddings(self) -> int:
         """Rows of the embedding: those of the vocabulary, and one for a mask beyond it."""
@@ -176,7 +221,7 @@ def read_config(path: str | Path) -> DrafterConfig:
             "those not known yet. Add it if the model has one; a causal model has none"
         )
     try:
-        config = _config_of(values)
+        config = DrafterConfig.from_json(values)
     except KeyError as error:
         raise SpecPluginsError(f"{file} lacks {error.args[0]}") from error
     except (TypeError, ValueError) as error:
@@ -241,46 +286,6 @@ def weight_files(path: str | Path) -> list[Path]:
             f"the diffusion drafter {folder} is incomplete: {', '.join(missing)} is missing"
         )
     return files
-
-
-def _config_of(values: Mapping[str, Any]) -> DrafterConfig:
-    """Raises KeyError for a key that is missing, ValueError for a value we cannot serve."""
-    heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        raise ValueError(f'rotary embedding of type "{kind}" is not supported: only "default" is')
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f'hidden_act "{activation}" is not supported: only "silu" is')
-    for key, known in (("attention_pattern", ATTENTION_PATTERNS), ("predicts", PREDICTS)):
-        if values[key] not in known:
-            raise ValueError(f'{key} must be one of {listed(known)}, not "{values[key]}"')
-    theta = rope.get("rope_theta") or values.get("rope_theta")
-    if theta is None:
-        raise KeyError("rope_theta")
-    config = DrafterConfig(
-        vocab_size=int(values["vocab_size"]),
-        hidden_size=hidden,
-        intermediate_size=int(values["intermediate_size"]),
-        num_layers=int(values["num_hidden_layers"]),
-        num_heads=heads,
-        num_key_value_heads=int(values.get("num_key_value_heads") or heads),
-        head_dim=int(values.get("head_dim") or hidden // heads),
-        max_positions=int(values["max_position_embeddings"]),
-        rope_theta=float(theta),
-        rms_norm_eps=float(values["rms_norm_eps"]),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        attention_bias=bool(values["attention_bias"]),
-        mask_token_id=int(values["mask_token_id"]),
-        attention_pattern=values["attention_pattern"],
-        predicts=values["predicts"],
-    )
-    if not 0 <= config.mask_token_id <= config.vocab_size:
-        raise ValueError(
-            f"mask_token_id {config.mask_token_id} is neither one of the {config.vocab_size} "
-            f"tokens nor the one after them ({config.vocab_size})"
-        )
-    return config
 
 
 def _check_weights(folder: Path, config: DrafterConfig) -> None:
