@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
 import logging
-import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from vllm_spec_plugins.adapter_file import AdapterCard, write_adapter
@@ -38,6 +33,7 @@ from vllm_spec_plugins.zoo.cache import write_atomically
 from vllm_spec_plugins.zoo.progress import training_progress
 
 from .served_model import model_to_serve
+from .training_run import continued_by_target, plot_losses, training_dtype, versions, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,9 +43,6 @@ _HELD_OUT_WINDOWS = 64
 
 #: Shorter texts are not worth a place in a batch.
 _SHORTEST = 16
-
-#: The target continues the first so-manieth part of a window.
-_PROMPT_PART = 4
 
 
 def run(
@@ -88,7 +81,7 @@ def run(
         raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to")
     folder, _ = model_to_serve(model, threads or None)
     corpus = Corpus(texts)
-    target = LocalModel.load(folder, _dtype(folder, dtype))
+    target = LocalModel.load(folder, training_dtype(folder, dtype))
     recipe.check(target)
     most = max(recipe.steps * recipe.batch_size, generations)
     with console.status("reading texts"):
@@ -105,7 +98,17 @@ def run(
             f"(one text in twenty is held out; texts need {_SHORTEST} tokens): give more of it"
         )
     if generations:
-        learnt = _generated(folder, learnt, generations, recipe, output, console, threads)
+        kept = output.with_name(output.name + ".generations")
+        learnt = continued_by_target(
+            folder,
+            learnt,
+            generations,
+            recipe.window,
+            kept,
+            console,
+            seed=recipe.seed,
+            threads=threads,
+        )
     # Only now: vLLM takes most of a GPU's memory while it writes.
     target.module.to(device)
     rows = padded(learnt)
@@ -157,8 +160,13 @@ def run(
     state = trained.block.state_dict()
     write_atomically(output, lambda path: write_adapter(path, card, state, probes_of(target)))
     full = {**report, "model": name, "losses": [round(loss, 5) for loss in trained.losses]}
-    _write_json(output.with_suffix(".json"), {**full, "versions": _versions()})
-    pictured = _plot(output.with_suffix(".png"), trained.losses, name, recipe.exit_layer)
+    write_json(output.with_suffix(".json"), {**full, "versions": versions()})
+    pictured = plot_losses(
+        output.with_suffix(".png"),
+        trained.losses,
+        f"adapter of {name} after {recipe.exit_layer} layers",
+        "KL divergence from the target, nats per token",
+    )
     checkpoint.unlink(missing_ok=True)
     _show(console, report)
     beside = f"{output.with_suffix('.json').name}" + (
@@ -175,45 +183,6 @@ def _windows(
     """Windows of the texts to learn from, or of those held out."""
     texts = (text.text for text in corpus if text.held_out == held_out)
     return windows(tokenizer, texts, recipe.window, shortest=min(_SHORTEST, recipe.window))
-
-
-def _generated(
-    folder: Path,
-    learnt: Sequence[NDArray[np.int64]],
-    count: int,
-    recipe: AdapterRecipe,
-    output: Path,
-    console: Console,
-    threads: int,
-) -> list[NDArray[np.int64]]:
-    """Windows whose first part is text and whose rest the target wrote at temperature 1."""
-    from vllm_spec_plugins.calibration.generations import Engine, Sampling, generate
-
-    length = max(1, recipe.window // _PROMPT_PART)
-    prompts = [window[:length] for window in islice(learnt, count)]
-    bars = Progress(
-        TextColumn("the target writes"), BarColumn(), MofNCompleteColumn(), console=console
-    )
-    with bars:
-        task = bars.add_task("", total=len(prompts))
-        written = generate(
-            folder,
-            prompts,
-            output.with_name(output.name + ".generations"),
-            Sampling(max_tokens=recipe.window - length, seed=recipe.seed),
-            Engine(threads=threads or None),
-            lambda done: bars.update(task, completed=done),
-        )
-    return [np.concatenate(pair) for pair in zip(prompts, written, strict=True)]
-
-
-def _dtype(folder: Path, dtype: str) -> str:
-    """float32 for `auto`, but bfloat16 where the model is saved so and a GPU will compute it."""
-    if dtype != "auto":
-        return dtype
-    config = json.loads((folder / "config.json").read_text())
-    saved = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if saved == "bfloat16" else "float32"
 
 
 def _show_finished(console: Console, output: Path, job: str) -> None:
@@ -288,43 +257,3 @@ def _rounded(result: HeldOut) -> dict[str, Any]:
         "gain": round(result.gain, 5),
         "gain_error": round(result.gain_error, 5),
     }
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-
-    def write(neighbour: Path) -> None:
-        neighbour.write_text(text)
-
-    write_atomically(path, write)
-
-
-def _plot(path: Path, losses: Sequence[float], name: str, exit_layer: int) -> bool:
-    """The loss curve as a PNG; False where matplotlib is missing."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    mpl.use("Agg")  # nothing here needs a display
-    figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, color="#d7dbe0", label="each step")
-    width = max(1, len(losses) // 25)
-    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes.plot(range(width, len(losses) + 1), smooth, color="#5b8def", label=f"mean of {width}")
-    axes.set(
-        xlabel="step",
-        ylabel="KL divergence from the target, nats per token",
-        title=f"adapter of {name} after {exit_layer} layers",
-    )
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    return True
-
-
-def _versions() -> dict[str, str]:
-    packages: Iterable[str] = ("torch", "transformers", "safetensors", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
