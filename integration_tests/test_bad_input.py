@@ -60,7 +60,7 @@ def serve(model: Path, spec: Any, **engine_args: Any) -> None:
             ConfigError,
             [
                 'Unknown speculative method "ngram_adaptiv". Did you mean "ngram_adaptive"?',
-                "From plugins: early_exit, frequency_vocab, jacobi, ngram_adaptive",
+                "From plugins: diffusion, early_exit, frequency_vocab, jacobi, ngram_adaptive",
                 "vLLM's own: custom_class, ",
                 ", ngram, ",
             ],
