@@ -154,7 +154,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "path, adaptive": {"drafts": "path", "length_control": ADAPTIVE},
     "two steps": {"denoising_steps": 2, "block_size": 6},
     "full": {"pattern": "full", "context_window": 30},
-    "confidence": {"length_control": {"name": "confidence", "threshold": 0.3}, "verifier": BLOCK},
+    "confidence": {"length_control": {"name": "confidence", "threshold": 0.05}, "verifier": BLOCK},
 }
 
 
@@ -187,8 +187,8 @@ def test_greedy_text_is_plain_decodings(
     assert watched.preemptions > 3
     assert watched.chunked_prompts > 3
     assert watched.cached_prompt_tokens > 100
-    assert tally["accepted"] > 100
-    assert tally["drafted"] - tally["accepted"] > 100
+    assert tally["accepted"] > 20
+    assert tally["drafted"] - tally["accepted"] > 20
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_the_law_is_plain_decodings(
         )
         [tally] = drafted_by(llm).values()
     assert_follows(law, texts)
-    assert watched.preemptions > 100 or not tight
+    assert watched.preemptions > 40 or not tight
     assert watched.chunked_prompts > 5 or not tight
     assert tally["accepted"] > 0.1 * tally["steps"]
     assert tally["drafted"] - tally["accepted"] > 0.1 * tally["steps"]
