@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from vllm_spec_plugins.verifiers.fly import Fly, FlyOptions
-from vllm_spec_plugins.verifiers.kl_judge import KLJudge, KLJudgeOptions, divergence
+from vllm_spec_plugins.verifiers.kl_judge import KLJudge, KLJudgeOptions, near_draft_tokens
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 from vllm_spec_plugins.verifiers.threshold import Threshold, ThresholdOptions
 from vllm_spec_plugins.verifiers.top_k_relaxed import TopKRelaxed, TopKRelaxedOptions
@@ -52,9 +52,11 @@ from vllm_spec_plugins.verifier import (
     token_acceptance,
 )
 from vllm_spec_plugins.vocabulary_passes import (
-    largest,
+    count_above,
+    largest_of_rows,
     probability_and_entropy,
     probability_of,
+    top_entries,
 )
 
 CONTEXT = toy_context()
@@ -315,13 +317,29 @@ def test_probability_and_entropy_of_rows() -> None:
     assert [len(part) for part in probability_and_entropy(logits[:0], token_ids[:0])] == [0, 0]
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
-def test_largest_logits(count: int) -> None:
-    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(("width", "count"), [(40, 6), (5000, 1), (5000, 3), (4992, 9)])
+def test_top_entries_are_those_of_a_sort(width: int, count: int, largest: bool) -> None:
+    logits = torch.randn(6, width, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     logits[0, 2:] = -torch.inf
+    logits[1, width // 3 :] = 0.0
     before = logits.clone()
-    assert torch.equal(largest(logits, count), logits.topk(count, dim=1).values)
+    values, columns = top_entries(logits, count, largest=largest)
+    assert torch.equal(values, logits.topk(count, dim=1, largest=largest).values)
+    assert torch.equal(values, logits.gather(1, columns))
+    assert all(len(set(row)) == count for row in columns.tolist())
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_counts_and_maxima_of_some_rows(dtype: torch.dtype) -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.tensor([4, 0, 5])
+    values = logits[rows, 7]
+    assert torch.equal(largest_of_rows(logits, rows), logits[rows].amax(dim=1))
+    above = (logits[rows] > values.unsqueeze(1)).sum(dim=1)
+    assert torch.equal(count_above(logits, rows, values), above)
+    assert len(count_above(logits, rows[:0], values[:0])) == 0
 
 
 def test_the_normaliser_from_what_is_known() -> None:
@@ -447,16 +465,32 @@ def test_kl_judge_trusts_near_laws_only() -> None:
     p = torch.cat([law(0.5, 0.3, 0.2), law(0.5, 0.5, 0), law(0.9, 0.1, 0), law(0.3, 0.3, 0.4)])
     q = torch.cat([law(0.4, 0.3, 0.3), law(0.4, 0.4, 0.2), law(0, 1, 0), law(0.6, 0.3, 0.1)])
     batch = step(p.log(), [2, 1, 1, 0], [4], draft=q)
-    found = divergence(batch, torch.arange(4)).tolist()
-    expected = [
-        sum(a * math.log(a / b) for a, b in zip(x, y, strict=True) if a and b)
-        for x, y in zip(p.tolist(), q.tolist(), strict=True)
-    ]
-    assert found[:2] == pytest.approx(expected[:2])
-    assert found[3] == pytest.approx(expected[3])
-    assert found[2] == math.inf
     accept = kl_judge(max_divergence=0.1).acceptance(batch)
     assert accept.tolist() == pytest.approx([1, 1, 0.1, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kl_judge_measures_the_divergence_of_whole_laws(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(60, 300, generator=generator, dtype=dtype) * 3
+    logits[:20, 200:] = -torch.inf
+    logits[20:24, 0] = -250.0  # p(x) as good as 0
+    q = torch.softmax(logits + torch.randn(60, 300, generator=generator, dtype=dtype), dim=1)
+    q[5, 3] = q[6, 250:] = 0  # misses a token p has; misses none
+    token_ids = torch.multinomial(q, 1, generator=generator).squeeze(1)
+    token_ids[20:24], q[20:24, 0] = 0, 1e-3
+    batch = step(logits, token_ids.tolist(), [60], draft=q)
+    p = torch.softmax(logits.double(), dim=1)
+    true = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.double())).sum(dim=1)
+    below = batch.draft_token_probability < batch.draft_law_of_token
+    assert 20 < int(below.sum()) < 60
+    assert math.isinf(float(true[5]))
+    for row in below.nonzero().squeeze(1).tolist():
+        for factor in (1 - 1e-4, 1 + 1e-4):
+            bound = min(float(true[row]) * factor, 1e6)
+            near = near_draft_tokens(step(logits, token_ids.tolist(), [60], draft=q), bound)
+            assert bool(near[row]) == (factor > 1 and math.isfinite(true[row])), row
+            assert not bool((near & ~below).any())
 
 
 def test_kl_judge_verifies_choices_exactly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ text; the tokens in the window, accepted together, are not drawn from the target
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,7 @@ from vllm_spec_plugins.verifier import (
     exact_acceptance,
     leading_run,
 )
-from vllm_spec_plugins.vocabulary_passes import largest
+from vllm_spec_plugins.vocabulary_passes import top_entries
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import ModelFacts
@@ -135,12 +136,27 @@ class Fly(RelaxedRule):
         exact = self.exact_requests(batch)
         if exact is not None:
             among &= ~exact[batch.request_of]
+        if not batch.all_greedy:  # p(x) is known, and may be enough
+            among &= self._most_entropy(batch.draft_token_probability) >= (
+                self.options.entropy_threshold
+            )
         rows = among.nonzero().squeeze(1)
         logits = batch.target_logits.index_select(0, rows)
-        best = largest(logits, min(self.options.entropy_top_k, logits.shape[1]))
+        best, _ = top_entries(logits, min(self.options.entropy_top_k, logits.shape[1]))
         p = (best - batch.target_log_normaliser_at(rows).unsqueeze(1)).exp()
         undecided = torch.special.entr(p).sum(dim=1) >= self.options.entropy_threshold
         return among.index_copy(0, rows, undecided)
+
+    def _most_entropy(self, p: Tensor) -> Tensor:
+        """`[N]` most entropy that the likeliest tokens can have beside one of probability p.
+
+        Equal shares of what is left have the most, or 1/e each where there is enough for that.
+        """
+        others = self.options.entropy_top_k - 1
+        share = (1 - p).clamp(min=0) / max(others, 1)
+        most = torch.special.entr(p) + others * torch.special.entr(share.clamp(max=1 / math.e))
+        # Only a token of one half is sure to be among the likeliest. Rounding is let pass.
+        return torch.where(p > 0.5, most + 1e-5, torch.inf)
 
     def _windows(self, batch: VerifyInput, values: Tensor) -> Tensor:
         """`[R, K+1, 1 + window]` each token's value and those after it, 0 past the draft's end."""

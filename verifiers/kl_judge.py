@@ -49,17 +49,11 @@ class KLJudge(RelaxedRule):
         self._told = False
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
-        accept = token_acceptance(batch)
         if batch.draft_probabilities is None:
             self._tell(batch)
-            return accept
-        undecided = (accept < 1) & batch.allowed
-        undecided &= binary_divergence(batch) <= self.options.max_divergence
-        if batch.draft_probabilities.sampled is not None:
-            undecided &= batch.draft_probabilities.sampled
-        rows = undecided.nonzero().squeeze(1)
-        near = rows[divergence(batch, rows) <= self.options.max_divergence]
-        return accept.index_fill(0, near, 1.0)
+            return token_acceptance(batch)
+        near = near_draft_tokens(batch, self.options.max_divergence)
+        return token_acceptance(batch).masked_fill_(near, 1.0)
 
     def _tell(self, batch: VerifyInput) -> None:
         if not self._told and not batch.all_greedy and len(batch.draft_token_ids):
@@ -70,38 +64,87 @@ class KLJudge(RelaxedRule):
             )
 
 
-def binary_divergence(batch: VerifyInput) -> Tensor:
-    """`[N]` KL between "it is x" under p and under q: at most KL(p || q), and costs nothing."""
-    p = batch.draft_token_probability.double()
-    q = batch.draft_law_of_token.double()
-    return torch.special.xlogy(p, p / q) + torch.special.xlogy(1 - p, (1 - p) / (1 - q))
+def near_draft_tokens(batch: VerifyInput, max_divergence: float) -> Tensor:
+    """`[N]` bool, draft tokens the exact rule may reject where KL(p || q) <= `max_divergence`.
 
-
-def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
-    """`[M]` KL(p || q) at some of the N rows; infinite where q misses a token p has.
+    p(x) comes from the same pass, and is left in the batch. Only tokens with p(x) < q(x) are
+    looked at, and of these none whose binary divergence alone is too large.
 
     Args:
         batch: With draft probabilities.
-        rows: `[M]` int64, rows whose token was drawn.
+        max_divergence: In nats.
     """
+    law = batch.draft_probabilities
+    assert law is not None
+    logits, ids = batch.target_logits, batch.draft_token_ids.clamp(min=0)
+    q_of_token = batch.draft_law_of_token.to(logits.dtype)
+    column, own = ids.unsqueeze(1), logits.gather(1, ids.unsqueeze(1)).squeeze(1)
+    open_ = batch.allowed if law.sampled is None else batch.allowed & law.sampled
+    probability, near = torch.empty_like(own), torch.zeros_like(open_)
+    scratch, log_q = logits.new_empty(0), logits.new_empty(0)
+    for block in row_blocks(len(logits), logits):
+        p = torch.softmax(logits[block], dim=-1, out=scratch.resize_(0))
+        p_of_token = p.gather(1, column[block]).squeeze(1)
+        probability[block] = p_of_token
+        here = (open_[block] & (p_of_token < q_of_token[block])).nonzero().squeeze(1)
+        rows = here + block.start
+        bound = _binary_divergence(p_of_token[here].double(), q_of_token[rows].double())
+        few = bound <= max_divergence
+        here, rows = here[few], rows[few]
+        if not len(rows):
+            continue
+        mean = _mean_log_ratios(batch, p, here, rows, log_q)
+        # sum p log p - sum p log q, with log p = l - log Z.
+        divergence = mean - (own[rows] - p_of_token[here].log())
+        # 0 times infinity, where p or q is 0 somewhere; or p(x) too small to tell log Z.
+        unsure = (divergence.isnan() | (p_of_token[here] < 1e-30)).nonzero().squeeze(1)
+        if len(unsure):
+            q = _rows_of_draft_law(batch, rows[unsure]).to(p.dtype)
+            divergence[unsure] = _divergence_of_laws(p[here[unsure]], q)
+        near[rows] = divergence <= max_divergence
+    probability = torch.where(batch.draft_token_ids >= 0, probability, 0)
+    batch.__dict__.setdefault("draft_token_probability", probability)
+    return near
+
+
+def _mean_log_ratios(
+    batch: VerifyInput, p: Tensor, here: Tensor, rows: Tensor, scratch: Tensor
+) -> Tensor:
+    """`[M]` mean of l - log q over p, row by row: none is copied where q is over all of V.
+
+    Args:
+        batch: With draft probabilities.
+        p: `[B, V]` the target's law in a block of rows.
+        here: `[M]` int64, some of the block's rows.
+        rows: `[M]` int64, the same among the N.
+        scratch: Empty, of the type of p; reused.
+    """
+    law = batch.draft_probabilities
+    assert law is not None
+    whole = law.vocabulary is None and law.values.shape[1] == p.shape[1]
+    whole &= law.values.dtype == p.dtype
+    means = []
+    for i, row in zip(here.tolist(), rows.tolist(), strict=True):
+        at = slice(row, row + 1)
+        q = law.values[at] if whole else _rows_of_draft_law(batch, rows[rows == row]).to(p.dtype)
+        log_q = torch.log(q, out=scratch.resize_(0))
+        one = p[i : i + 1]
+        means.append(row_products(one, batch.target_logits[at]) - row_products(one, log_q))
+    return torch.cat(means)
+
+
+def _rows_of_draft_law(batch: VerifyInput, rows: Tensor) -> Tensor:
+    """`[M, V]` q at some of the N rows."""
     assert batch.draft_probabilities is not None
     width = batch.target_logits.shape[1]
-    result = batch.target_logits.new_empty(len(rows))
-    for block in row_blocks(len(rows), batch.target_logits):
-        chosen = rows[block]
-        logits = batch.target_logits.index_select(0, chosen)
-        ids = batch.draft_token_ids[chosen]
-        q = batch.draft_probabilities.dense(chosen, ids, width).to(logits.dtype)
-        p = torch.softmax(logits, dim=-1)
-        # sum p log p - sum p log q, with log p = l - log Z.
-        result[block] = row_products(p, logits.sub_(q.log()))
-    result -= batch.target_log_normaliser_at(rows)
-    # 0 times infinity, in rows where p or q is 0 somewhere.
-    rest = rows[result.isnan()]
-    if len(rest):
-        p = torch.softmax(batch.target_logits.index_select(0, rest), dim=-1)
-        ids = batch.draft_token_ids[rest]
-        q = batch.draft_probabilities.dense(rest, ids, width).to(p.dtype)
-        sums = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
-        result[result.isnan()] = sums
-    return result
+    return batch.draft_probabilities.dense(rows, batch.draft_token_ids[rows], width)
+
+
+def _binary_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL between "it is x" under p and under q: at most that of the laws."""
+    return torch.special.xlogy(p, p / q) + torch.special.xlogy(1 - p, (1 - p) / (1 - q))
+
+
+def _divergence_of_laws(p: Tensor, q: Tensor) -> Tensor:
+    """`[M]` KL(p || q) of each row of `[M, V]`; infinite where q misses a token p has."""
+    return torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)

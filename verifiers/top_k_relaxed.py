@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import row_blocks
+from vllm_spec_plugins.vocabulary_passes import count_above, largest_of_rows
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import EngineContext, ModelFacts
@@ -101,17 +100,22 @@ def among_the_best(batch: VerifyInput, rows: Tensor, k: int, delta: float) -> Te
     """`[M]` bool: fewer than k tokens are likelier than x, and none by more than delta."""
     logits, ids = batch.target_logits, batch.draft_token_ids[rows].clamp(min=0)
     own = logits[rows, ids]
-    p = (own - batch.target_log_normaliser_at(rows)).exp()
-    # No token is likelier by more than 1 - 2p, and r likelier ones leave 1 / (r + 1) for x.
-    stands = 1 - 2 * p <= delta
-    which = (~stands).nonzero().squeeze(1)
-    best = torch.empty_like(p[which])
-    for block in row_blocks(len(which), logits):
-        best[block] = logits.index_select(0, rows[which[block]]).amax(dim=-1)
-    stands[which] = p[which] * ((best - own[which]).exp() - 1) <= delta
-    which = (stands & (p * (k + 1) <= 1)).nonzero().squeeze(1)
-    for block in row_blocks(len(which), logits):
-        here = which[block]
-        likelier = logits.index_select(0, rows[here]).gt_(own[here].unsqueeze(1))  # 0 or 1
-        stands[here] = likelier.sum(dim=-1) < k
+    if "draft_token_probability" in batch.__dict__:
+        p = batch.draft_token_probability[rows]
+        # No token is likelier by more than 1 - 2p, and r likelier ones leave 1 / (r + 1) for x.
+        stands = 1 - 2 * p <= delta
+        which = (~stands).nonzero().squeeze(1)
+        best = largest_of_rows(logits, rows[which])
+        stands[which] = p[which] * ((best - own[which]).exp() - 1) <= delta
+        which = (stands & (p * (k + 1) <= 1)).nonzero().squeeze(1)
+    else:
+        # The two alone have at most 1 between them, which often decides without a normaliser.
+        best = logits[rows, batch.greedy_token_ids[rows].clamp(min=0)]
+        ratio = (own - best).exp()
+        stands = 1 - ratio <= delta * (1 + ratio)
+        which = (~stands).nonzero().squeeze(1)
+        p = (best[which] - batch.target_log_normaliser_at(rows[which])).exp()
+        stands[which] = p * (1 - ratio[which]) <= delta
+        which = stands.nonzero().squeeze(1)
+    stands[which] = count_above(logits, rows[which], own[which]) < k
     return stands

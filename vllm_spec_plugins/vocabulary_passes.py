@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 #: Elements of a block: half a megabyte of float32. A block and the scratch it is worked on
 #: in share the second-level cache of a core.
 _BLOCK_ELEMENTS = 1 << 17
-#: Up to so many of a row's largest are found one after the other: torch's own search is slow.
-_FEW = 4
+#: Columns of which only the best is looked at first, where a few of many are wanted.
+_SPAN = 128
 
 
 def row_blocks(rows: int, like: Tensor) -> Iterator[slice]:
@@ -75,22 +76,53 @@ def probability_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, 
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """`[rows]` inner product of each row of two `[rows, V]` tensors, without a third."""
-    if a.device.type != "cpu" or not len(a):
+    """`[rows]` inner product of each row of two `[rows, V]` tensors, without a third.
+
+    numpy's takes half the time of torch's on the CPU.
+    """
+    if not _is_numpy(a) or not len(a):
         return torch.linalg.vecdot(a, b)
-    return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)])
+    pairs = zip(a.detach().numpy(), b.detach().numpy(), strict=True)
+    with np.errstate(invalid="ignore"):  # 0 times infinity is for the caller to see
+        return a.new_tensor([np.dot(x, y) for x, y in pairs])
 
 
-def largest(logits: Tensor, count: int) -> Tensor:
-    """`[rows, count]` the largest logits of each row, in descending order."""
-    if logits.device.type != "cpu" or count > _FEW:
-        return logits.topk(count, dim=-1).values
-    left, found = logits.clone(), logits.new_empty(len(logits), count)
-    for i in range(count):
-        where = first_argmax(left).unsqueeze(1)
-        found[:, i] = left.gather(1, where).squeeze(1)
-        left.scatter_(1, where, -torch.inf)
-    return found
+def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
+    """`[M]` the largest logit of some rows; on the CPU none of them is copied."""
+    if not _is_numpy(logits):
+        return logits.index_select(0, rows).amax(dim=-1)
+    table = logits.detach().numpy()
+    return logits.new_tensor([table[row].max() for row in rows.tolist()])
+
+
+def count_above(logits: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`[M]` int64, how many logits of some rows are above one value each, `[M]`. As above."""
+    if not _is_numpy(logits):
+        return (logits.index_select(0, rows) > values.unsqueeze(1)).sum(dim=-1)
+    table = logits.detach().numpy()
+    pairs = zip(rows.tolist(), values.detach().numpy(), strict=True)
+    return rows.new_tensor([np.count_nonzero(table[row] > value) for row, value in pairs])
+
+
+def top_entries(values: Tensor, count: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """`[rows, count]` values and columns, as `Tensor.topk` finds them; of equals any.
+
+    On the CPU it looks only into the spans of columns with the best single entries, which hold
+    all that is looked for: several times faster over a vocabulary.
+    """
+    rows, width = values.shape
+    whole = width // _SPAN * _SPAN
+    if values.device.type != "cpu" or count * _SPAN * 4 > whole:
+        found = values.topk(count, dim=1, largest=largest)
+        return found.values, found.indices
+    spans = values[:, :whole].unflatten(1, (-1, _SPAN))
+    best = spans.amax(dim=2) if largest else spans.amin(dim=2)
+    chosen = best.topk(count, dim=1, largest=largest).indices.unsqueeze(2)
+    columns = (chosen * _SPAN + torch.arange(_SPAN)).flatten(1)
+    rest = torch.arange(whole, width).expand(rows, -1)
+    columns = torch.cat([columns, rest], dim=1)
+    found = values.gather(1, columns).topk(count, dim=1, largest=largest)
+    return found.values, columns.gather(1, found.indices)
 
 
 def first_argmax(logits: Tensor) -> Tensor:
@@ -98,8 +130,13 @@ def first_argmax(logits: Tensor) -> Tensor:
 
     numpy's is several times faster than torch's on the CPU and breaks ties alike.
     """
-    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
+    if not _is_numpy(logits):
         return logits.argmax(dim=-1)
     if not len(logits):
         return logits.new_zeros(0, dtype=torch.int64)
     return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+
+
+def _is_numpy(tensor: Tensor) -> bool:
+    """Whether numpy can work on it where it is."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
