@@ -8,7 +8,7 @@ MODEL ?= nano
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up demo test test-all lint format docs clean
+.PHONY: help set-up demo test test-all test-v2 lint format docs clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed 's/:.*## */|/' | \
@@ -22,9 +22,9 @@ demo: set-up  ## plain decoding, vLLM's ngram and ours, served and compared (MOD
 	@$(BIN)/vllm-spec demo --model "$(MODEL)"
 
 # One thread per process: spinning OpenMP threads of several processes starve each other.
-test test-all: export OMP_NUM_THREADS := 1
-test test-all: export VLLM_CPU_OMP_THREADS_BIND := nobind
-test test-all: export VLLM_CPU_KVCACHE_SPACE := 1
+test test-all test-v2: export OMP_NUM_THREADS := 1
+test test-all test-v2: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test test-all test-v2: export VLLM_CPU_KVCACHE_SPACE := 1
 # A file stays with one process: its engines are shared by its tests. Files in the order of
 # `testpaths`, those with engines first.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -34,6 +34,11 @@ test: set-up  ## the test suite without the slow ones
 
 test-all: set-up  ## every test
 	$(BIN)/pytest $(SPREAD)
+
+# Triton is interpreted from the start of a process or not at all.
+test-v2: export VLLM_SPEC_TEST_V2 := 1
+test-v2: set-up  ## every test of model runner V2, on the CPU in Triton's interpreter
+	$(BIN)/pytest integration_tests/v2 -n auto --maxprocesses 4
 
 lint: set-up  ## ruff and basedpyright
 	$(BIN)/ruff check .

@@ -250,11 +250,10 @@ class RunnerAdapter:
         batch = self._draft_input(step, rows, limit)
         if not batch.max_draft.any():
             return nothing
-        draft = self._ask_proposer(batch)
-        if draft is None:
+        asked = self._ask_proposer(batch)
+        if asked is None:
             return nothing
-        ids = draft.token_ids
-        drafted = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+        draft, drafted = asked
         table = np.zeros((count, drafted.shape[1]), dtype=np.int64)
         counts = np.zeros(count, dtype=np.int64)
         table[rows], counts[rows] = drafted, self._count_drafted(drafted, batch)
@@ -350,19 +349,19 @@ class RunnerAdapter:
         except Exception:  # noqa: BLE001 - third-party code may raise anything
             self._failed()
 
-    def _ask_proposer(self, batch: DraftInput) -> Draft | None:
-        """A failing proposer costs speed, never a request."""
+    def _ask_proposer(self, batch: DraftInput) -> tuple[Draft, NDArray[Any]] | None:
+        """A draft and its `[R, K]` tokens; a failing proposer costs speed, never a request."""
         assert self.proposer is not None
         if self._failures >= MAX_FAILURES:
             return None
         try:
             draft = self.proposer.propose(batch)
-            self._check_draft(draft, batch)
+            drafted = self._token_ids_of(draft, batch)
         except Exception:  # noqa: BLE001 - third-party code may raise anything
             self._failed()
             return None
         self._failures = 0
-        return draft
+        return draft, drafted
 
     def _failed(self) -> None:
         """Count and tell a failure of our proposer; inside an except clause."""
@@ -375,22 +374,22 @@ class RunnerAdapter:
             MAX_FAILURES,
         )
 
-    def _check_draft(self, draft: Draft, batch: DraftInput) -> None:
-        """What a third party may get wrong, cheap enough for every step."""
+    def _token_ids_of(self, draft: Draft, batch: DraftInput) -> NDArray[Any]:
+        """`[R, K]` on the host, after a look at what a third party may get wrong."""
         ids, count = draft.token_ids, len(batch.request_ids)
         if ids.ndim != 2 or ids.shape[0] != count:
             raise PluginError(
                 f'"{self.proposer_name}" returned token_ids of shape {tuple(ids.shape)}; '
                 f"expected ({count}, K)."
             )
-        if 0 in ids.shape:
-            return
-        highest = int(ids.max())
+        drafted = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+        highest = int(drafted.max(initial=-1))
         if highest >= self.context.facts.vocab_size:
             raise PluginError(
                 f'"{self.proposer_name}" drafted the token {highest}; the target\'s vocabulary '
                 f"has {self.context.facts.vocab_size}."
             )
+        return drafted
 
     @staticmethod
     def _count_drafted(table: NDArray[Any], batch: DraftInput) -> NDArray[np.int64]:

@@ -57,6 +57,7 @@ def findings(source: Source | None = None) -> list[Finding]:
         *ignored_rejection_methods(source),
         *synthetic_on_cpu(source, on_cpu),
         *ignored_tokens_per_batch_size(source),
+        *model_runner(on_cpu),
         *scheduling(source),
         *ngram_threads(source, on_cpu),
         *going_away(source),
@@ -173,15 +174,50 @@ def ignored_tokens_per_batch_size(source: Source) -> Iterator[Finding]:
         )
 
 
+def model_runner(on_cpu: bool) -> Iterator[Finding]:
+    """Which of vLLM's two model runners a plugin is served by, and what runs eagerly there."""
+    from vllm import envs
+    from vllm.config.vllm import HAS_TRITON  # as the choice of runner sees it
+
+    topic, forced = "model runner", envs.VLLM_USE_V2_MODEL_RUNNER
+    eager = (
+        "proposers draft outside CUDA graphs there, and so does the verification; the target's "
+        "own pass is captured"
+    )
+    if forced and not HAS_TRITON:
+        yield Finding(
+            topic,
+            "error",
+            "VLLM_USE_V2_MODEL_RUNNER=1 asks for V2, which needs Triton and a device that Triton "
+            "compiles for; there is none",
+            "unset it",
+        )
+    elif forced:
+        yield Finding(topic, "ok", f"V2, by VLLM_USE_V2_MODEL_RUNNER=1; {eager}")
+    elif forced is False:
+        yield Finding(topic, "ok", f"V1, by VLLM_USE_V2_MODEL_RUNNER=0; {eager}")
+    elif not HAS_TRITON:
+        where = "the CPU" if on_cpu else "this device"
+        yield Finding(topic, "ok", f"V1: V2 needs Triton, which does not compile for {where}")
+    else:
+        yield Finding(
+            topic,
+            "ok",
+            "V2, which serves every proposer and verifier; V1 for a draft_vocabulary beside a "
+            f"drafting method of vLLM's own, adaptive verification or batch-sharded sampling; "
+            f"{eager}",
+        )
+
+
 def scheduling(source: Source) -> Iterator[Finding]:
     """Asynchronous scheduling ends where drafts are made on the host."""
     if any(text.startswith("Async scheduling not") for text in _strings(source(ENGINE_CONFIG))):
         yield Finding(
             "asynchronous scheduling",
             "note",
-            "switched off, with one log line, on model runner V1 with ngram, suffix and "
-            "custom_class, and so with every plugin: it would plan a step before the last one is "
-            "verified",
+            "switched off with every plugin, on both model runners, and on V1 with vLLM's ngram "
+            "and suffix: it would plan a step before the last one is verified, and drafts of "
+            "plugins differ in length",
         )
 
 

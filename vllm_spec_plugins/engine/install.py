@@ -68,7 +68,6 @@ def install_engine_seams() -> None:
 
     _wrap_once(VllmConfig, "num_lookahead_tokens", _lookahead)
     _wrap_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
-    _wrap_once(VllmConfig, "_validate_v2_model_runner", _validate_v2)
     _wrap_once(SamplingParams, "_validate_spec_decode", _validate_request)
     _wrap_once(NewRequestData, "from_request", _carry_cache_salt)
     _wrap_once(RequestState, "_new_completion_output", with_price)
@@ -98,30 +97,15 @@ def _v2_unsupported(original: Callable[..., list[str]]) -> Callable[..., list[st
     @functools.wraps(original)
     def unsupported_features(self: VllmConfig) -> list[str]:
         from .carrier import PluginSpeculativeConfig
-        from .v2_support import CUSTOM_CLASS, reasons_against_v2
+        from .v2_support import CUSTOM_CLASS, reasons_of
 
         features = original(self)
-        if isinstance(self.speculative_config, PluginSpeculativeConfig):
+        if isinstance(spec := self.speculative_config, PluginSpeculativeConfig):
             features = [feature for feature in features if feature != CUSTOM_CLASS]
-            features += reasons_against_v2(self)
+            features += reasons_of(self, spec.settings)
         return features
 
     return unsupported_features
-
-
-def _validate_v2(original: Callable[..., None]) -> Callable[..., None]:
-    """Where V2 is forced and cannot serve our options, say the way out."""
-
-    @functools.wraps(original)
-    def validate_v2_model_runner(self: VllmConfig) -> None:
-        from .carrier import PluginSpeculativeConfig
-        from .v2_support import refuse_on_v2
-
-        if isinstance(self.speculative_config, PluginSpeculativeConfig):
-            refuse_on_v2(self)
-        original(self)
-
-    return validate_v2_model_runner
 
 
 def _validate_request(original: Callable[..., None]) -> Callable[..., None]:

@@ -23,6 +23,7 @@ from .draft_head_support import refuse_unranked, wants_draft_head
 from .front_end import follow
 from .seams import require_supported
 from .target_support import refuse_unrunnable_layers
+from .v2_support import refuse_on_forced_v2
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -83,6 +84,7 @@ def build(
         refuse_unrunnable_layers(
             settings.proposer.name, proposer_needs(settings), engine_args, target_model_config
         )
+    refuse_on_forced_v2(settings, native, engine_args)
     _announce(settings, native)
     # The verification of drafts must be finished before the next step is planned: per-request
     # choices decide then how many tokens each request drafts.
@@ -110,7 +112,7 @@ def _refuse_unserved(args: EngineArgs, model: ModelConfig, parallel: ParallelCon
     if args.async_scheduling:
         raise ConfigError(
             "Asynchronous scheduling plans a step before the last one is verified; proposers and "
-            "verifiers from plugins are served without it on model runner V1. "
+            "verifiers from plugins are served without it, on both model runners. "
             "Remove --async-scheduling."
         )
     if parallel.pipeline_parallel_size > 1:

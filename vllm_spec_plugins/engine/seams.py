@@ -104,12 +104,6 @@ SEAMS: tuple[Seam, ...] = (
         "patched",
         "says what of ours runs on model runner V2",
     ),
-    Seam(
-        "config/vllm.py",
-        "VllmConfig._validate_v2_model_runner",
-        "patched",
-        "says the way out where V2 is forced and cannot serve our options",
-    ),
     Seam("config/vllm.py", "VllmConfig.use_v2_model_runner", "read", "which adapter to attach"),
     Seam(
         "config/vllm.py",
@@ -507,7 +501,7 @@ SEAMS: tuple[Seam, ...] = (
         "EngineArgs",
         "read",
         "how it runs layers",
-        ("enable_dbo", "enable_lora"),
+        ("enable_batch_sharded_sampling", "enable_dbo", "enable_lora", "watermark_config"),
     ),
     Seam(
         "v1/engine/core_client.py",
@@ -530,8 +524,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         f"{_V2}/spec_decode/__init__.py",
         "init_speculator",
-        "patched",
-        "builds our speculator; patched in the module of the runner, which imports its name",
+        "replaced",
+        "builds our speculator; in the module of runner V2, in workers that use it",
     ),
     Seam(f"{_V2}/spec_decode/speculator.py", "BaseSpeculator.propose", "replaced", "drafting"),
     Seam(
@@ -607,6 +601,7 @@ SEAMS: tuple[Seam, ...] = (
             "num_draft_tokens",
             "num_reqs",
             "num_scheduled_tokens",
+            "num_tokens",
             "positions",
             "req_ids",
         ),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.proposer import Needs
 from vllm_spec_plugins.verifier import TokenHistory
 
@@ -37,6 +38,7 @@ class V1Adapter(RunnerAdapter):
         super().__init__(runner, vllm_config)
         spec = vllm_config.speculative_config
         assert isinstance(spec, PluginSpeculativeConfig)
+        logger.info("Model runner V1 serves the plugins; scheduling is synchronous.")
         self._state: Any = None
         self._propose_by_vllm: Callable[..., Any] = runner.propose_draft_token_ids
         self._sample_tokens_by_vllm: Callable[..., Any] = runner.sample_tokens

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.proposer import Needs
 from vllm_spec_plugins.verifier import TokenHistory
 
@@ -69,6 +70,12 @@ class V2Adapter(RunnerAdapter):
         runner.take_draft_token_ids = self.take_draft_token_ids
         if self.proposer is not None:
             runner.speculator.adapter = self
+
+        logger.info(
+            "Model runner V2 serves the plugins. Each step's tokens are brought to the host, where "
+            "proposers and observers read them, so scheduling is synchronous; drafting runs "
+            "outside CUDA graphs."
+        )
 
     # Before the first request.
 
@@ -169,6 +176,9 @@ class V2Adapter(RunnerAdapter):
             if self._sampler_output is not None:
                 # vLLM's own method has drafted, and asked us nothing.
                 self._finish_step(self._emitted())
+            if (batch := self._input_batch) is not None:
+                num_draft = _num_draft(batch) or [0] * batch.num_reqs
+                self.observe_step_time(num_draft, batch.num_tokens)
         finally:
             self._input_batch = self._sampler_output = self._hidden_states = None
         self._verification = self._verified = None
