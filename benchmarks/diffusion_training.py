@@ -42,6 +42,8 @@ def main() -> None:
         block=arguments.block,
         steps=arguments.steps,
         window=arguments.window,
+        batch_size=arguments.batch_size,
+        num_masks=arguments.masks,
         stage_two=arguments.stage_two,
         decay=arguments.decay,
         distil=not arguments.text_labels,
@@ -73,10 +75,16 @@ def main() -> None:
         "new_tokens": arguments.new,
     }
     draft_model = LocalModel.load(zoo.ensure(arguments.draft_model))
-    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        _show(row)
+        if arguments.record:
+            with ROWS.open("a") as file:
+                file.write(json.dumps({**row, **provenance()}) + "\n")
+
     for temperature, texts in written.items():
         quality = evaluate_causal(target, draft_model, texts, recipe.block)
-        rows.append(
+        keep(
             {
                 **shared,
                 "drafter": arguments.draft_model,
@@ -85,21 +93,19 @@ def main() -> None:
                 "parameters": sum(w.numel() for w in draft_model.module.parameters()),
                 "temperature": temperature,
                 **quality.rounded(),
-                **provenance(),
             }
         )
-        _show(rows[-1])
 
     began = time.perf_counter()
 
     def measure(steps: int, drafter: DiffusionDrafter) -> None:
         if arguments.measure and steps % arguments.measure and steps != recipe.steps:
             return
-        most = recipe.block if steps in (0, recipe.steps) else min(8, recipe.block)
+        most = recipe.block if steps == recipe.steps else min(8, recipe.block)
         seconds = round(time.perf_counter() - began, 1)
         for temperature, texts in written.items():
             quality = evaluate(target, drafter, texts, most)
-            rows.append(
+            keep(
                 {
                     **shared,
                     "drafter": arguments.name,
@@ -114,10 +120,8 @@ def main() -> None:
                     "seconds_loaded_machine": seconds,
                     "temperature": temperature,
                     **quality.rounded(),
-                    **provenance(),
                 }
             )
-            _show(rows[-1])
 
     measure(0, drafter)
     data = f"zoo {len(learnt)} {int(learnt.sum())}"
@@ -137,9 +141,6 @@ def main() -> None:
     torch.save(trained.drafter.export(), arguments.output / f"{arguments.name}.pt")
     losses = arguments.output / f"{arguments.name}.losses.json"
     losses.write_text(json.dumps(trained.losses))
-    if arguments.record:
-        with ROWS.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _show(row: dict[str, Any]) -> None:
@@ -163,7 +164,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--masks", type=int, default=192, help="beside each window")
     parser.add_argument("--stage-two", type=float, default=0.6)
     parser.add_argument("--decay", type=float, default=1.5)
     parser.add_argument("--text-labels", action="store_true")

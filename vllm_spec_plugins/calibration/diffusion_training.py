@@ -75,7 +75,7 @@ class DiffusionRecipe:
     batch_size: int = 4
     window: int = 256
     num_masks: int = 192
-    stage_two: float = 0.6
+    stage_two: float = 0.75
     decay: float = 1.5
     text_weight: float = 0.5
     distil: bool = True

@@ -123,6 +123,96 @@ def adapter(
         )
 
 
+@app.command(name="diffusion-drafter")
+def diffusion_drafter(
+    model: Model,
+    texts: Texts,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("diffusion-drafter"),
+    block: Annotated[int, typer.Option(min=1, help="Longest draft, in tokens.")] = 16,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="Model whose embedding, first layers and head training starts from: a folder, or "
+            "of the zoo; none: new weights of the sizes below. By default the target."
+        ),
+    ] = "",
+    layers: Annotated[int, typer.Option(min=1, help="Of the drafter.")] = 2,
+    hidden_size: Annotated[
+        int | None, typer.Option(min=2, help="With --start none; 256 by default.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="With --start none; columns over 64 by default.")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="With --start none; as many as heads by default.")
+    ] = None,
+    ffn_size: Annotated[
+        int | None, typer.Option(min=1, help="With --start none; 3 x hidden size by default.")
+    ] = None,
+    generations: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learn from so many texts that the target continues itself, at temperature 1; "
+            "0: from the texts as they are.",
+        ),
+    ] = 0,
+    labels: Annotated[
+        str,
+        typer.Option(help="Learn the target's probabilities (target), or the tokens (text)."),
+    ] = "target",
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 4,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    masks: Annotated[int, typer.Option(min=1, help="Masked tokens beside each window.")] = 192,
+    stage_two: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps that refine the first tokens.")
+    ] = 0.75,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, help="Peak, of Muon, for the matrices.")
+    ] = 0.01,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts to judge by.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens written to each.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="Of the target: auto (as saved), float32 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's own choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, blocks and order of text.")] = 0,
+) -> None:
+    """Train a drafter for diffusion: a small model that writes a whole draft in one pass."""
+    with errors_in_words():
+        from vllm_spec_plugins.calibration.diffusion_training import DiffusionRecipe
+        from vllm_spec_plugins.errors import SpecPluginsError
+
+        from . import calibrate_diffusion_drafter as command
+
+        if labels not in ("target", "text"):
+            raise SpecPluginsError(f'--labels must be target or text, not "{labels}"')
+        command.run(
+            model,
+            texts,
+            output,
+            DiffusionRecipe(
+                block=block,
+                steps=steps,
+                batch_size=batch_size,
+                window=window,
+                num_masks=masks,
+                stage_two=stage_two,
+                distil=labels == "target",
+                matrix_lr=learning_rate,
+                seed=seed,
+            ),
+            command.start_of(start, layers, hidden_size, heads, kv_heads, ffn_size),
+            held_out=command.HeldOutTexts(num_prompts, new_tokens=new_tokens),
+            generations=generations,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+        )
+
+
 @app.command()
 def vocab(
     model: Model,

@@ -266,6 +266,27 @@ def check_folder(
     return config
 
 
+def check_same_tokens(drafter: Path, target: Path) -> None:
+    """Whether two models' folders have the same tokens, where both have a tokenizer.json.
+
+    Raises:
+        SpecPluginsError: They have not.
+    """
+    files = [folder / "tokenizer.json" for folder in (drafter, target)]
+    if not all(file.is_file() for file in files):
+        return
+    if files[0].read_bytes() == files[1].read_bytes():
+        return
+    ours, theirs = (dict(_tokens_of(file)) for file in files)
+    if ours != theirs:
+        differing = sum(theirs.get(token) != number for token, number in ours.items())
+        raise SpecPluginsError(
+            f"{drafter} has another tokenizer than the target {target}: {differing} of its "
+            f"{len(ours)} tokens have another id there, or none. `{COMMAND}` trains a drafter "
+            "for any target"
+        )
+
+
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files of a model's folder: one, or the shards its index names.
 
@@ -317,23 +338,14 @@ def _check_weights(folder: Path, config: DrafterConfig) -> None:
 
 def _check_tokenizer(folder: Path, model: str) -> None:
     """The drafter's tokens must be the target's, as far as the target's tokenizer is at hand."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not (folder / "tokenizer.json").is_file():
         raise SpecPluginsError(
             f"the diffusion drafter {folder} is incomplete: tokenizer.json is missing. Copy the "
             "one it was trained with, which must be the target's"
         )
     targets = _tokenizer_of_target(model)
-    if targets is None or targets.read_bytes() == file.read_bytes():
-        return
-    ours, theirs = dict(_tokens_of(file)), dict(_tokens_of(targets))
-    differing = sum(theirs.get(token) != number for token, number in ours.items())
-    if ours != theirs:
-        raise SpecPluginsError(
-            f"the diffusion drafter {folder} has another tokenizer than {model}: {differing} of "
-            f"its {len(ours)} tokens have another id there, or none. `{COMMAND}` trains a drafter "
-            "for this target"
-        )
+    if targets is not None:
+        check_same_tokens(folder, targets.parent)
 
 
 def _tokenizer_of_target(model: str) -> Path | None:
