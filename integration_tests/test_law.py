@@ -86,15 +86,15 @@ CONFIGURATIONS = {
         "verifier": BLOCK,
     },
     "early_exit, del": {**EARLY_EXIT, "exit_layer": "auto", "length_control": "del"},
+    "jacobi, maximal": {**JACOBI, "filler": "random"},
+}
+MORE_CONFIGURATIONS = {
     "early_exit, exits per token": {
         "method": "early_exit",
         "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
         "exit_layers": [1, 2, 3],
         "exit_confidence": 0.5,
     },
-    "jacobi, maximal": {**JACOBI, "filler": "random"},
-}
-MORE_CONFIGURATIONS = {
     "early_exit, token": EARLY_EXIT,
     "third party, compact, block": {**THIRD_PARTY, "vocabulary": "compact", "verifier": BLOCK},
     "ngram_adaptive, block": {**NGRAM_ADAPTIVE, "verifier": BLOCK},

@@ -348,7 +348,7 @@ def many(count: int, target: Tensor, law: Tensor) -> VerifyInput:
     )
 
 
-@RULES
+@pytest.mark.parametrize("rule", [pytest.param("token", marks=pytest.mark.slow), "block"])
 def test_first_token_follows_the_target(rule: str) -> None:
     """And the test would see a residual that is not one."""
     target = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
