@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vllm_spec_plugins.length_control import Fixed, LengthControlOptions
 from vllm_spec_plugins.proposer import DraftInput
 from vllm_spec_plugins.registry import Kind, contract_problem, installed
 from vllm_spec_plugins.testing import toy_context
@@ -33,22 +35,28 @@ def test_proposer_page() -> None:
     assert contract_problem(Kind.PROPOSER, last_time) is None
     proposer = last_time(last_time.Options(), toy_context())
     history = np.array([[1, 2, 3, 4, 1, 99], [5, 6, 7, 8, 9, 99]], dtype=np.int32)
-    draft = proposer.propose(
-        DraftInput(
-            request_ids=["a", "b"],
-            token_history=history,
-            rows=np.array([0, 1]),
-            num_tokens=np.array([5, 5]),
-            num_prompt_tokens=np.array([1, 1]),
-            max_draft=np.array([2, 4]),
-            temperatures=np.zeros(2, dtype=np.float32),
-            streams=np.zeros(2, dtype=np.int64),
-            hidden_states=None,
-            cache_salts=None,
-            length_control=None,  # pyright: ignore[reportArgumentType]  # never asked
-        )
+    batch = DraftInput(
+        request_ids=["a", "b"],
+        token_history=history,
+        rows=np.array([0, 1]),
+        num_tokens=np.array([5, 5]),
+        num_prompt_tokens=np.array([1, 1]),
+        max_draft=np.array([2, 4]),
+        temperatures=np.zeros(2, dtype=np.float32),
+        streams=np.zeros(2, dtype=np.int64),
+        hidden_states=None,
+        cache_salts=None,
+        length_control=None,  # pyright: ignore[reportArgumentType]  # never asked
     )
+    draft = proposer.propose(batch)
     assert np.asarray(draft.token_ids).tolist() == [[2, 3, -1, -1], [-1, -1, -1, -1]]
+
+    own_words = names["OwnWords"]
+    assert contract_problem(Kind.PROPOSER, own_words) is None
+    context = toy_context(num_speculative_tokens=4)
+    batch = replace(batch, length_control=Fixed(LengthControlOptions(), context))
+    drafts = own_words(own_words.Options(), context).propose(batch)
+    assert np.asarray(drafts.token_ids).tolist() == [[1, 1, -1, -1], [5, 5, 5, 5]]
 
 
 def test_verifier_page() -> None:
