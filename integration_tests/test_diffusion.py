@@ -154,7 +154,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "path, adaptive": {"drafts": "path", "length_control": ADAPTIVE},
     "two steps": {"denoising_steps": 2, "block_size": 6},
     "full": {"pattern": "full", "context_window": 30},
-    "confidence": {"length_control": {"name": "confidence", "threshold": 0.05}, "verifier": BLOCK},
+    "confidence": {"length_control": {"name": "confidence", "threshold": 0.01}, "verifier": BLOCK},
 }
 
 
