@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from vllm_spec_plugins.verifiers.fly import Fly, FlyOptions
-from vllm_spec_plugins.verifiers.kl_judge import KLJudge, KLJudgeOptions, near_draft_tokens
+from vllm_spec_plugins.verifiers.kl_judge import (
+    KLJudge,
+    KLJudgeOptions,
+    divergence,
+    near_draft_tokens,
+)
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 from vllm_spec_plugins.verifiers.threshold import Threshold, ThresholdOptions
 from vllm_spec_plugins.verifiers.top_k_relaxed import TopKRelaxed, TopKRelaxedOptions
@@ -315,6 +319,12 @@ def test_probability_and_entropy_of_rows() -> None:
     torch.testing.assert_close(entropy.double(), law.entropy(), atol=1e-5, rtol=0)
     assert torch.equal(p, probability_of(logits, token_ids))
     assert [len(part) for part in probability_and_entropy(logits[:0], token_ids[:0])] == [0, 0]
+    # Where the token is likely, the entropy is not asked for.
+    bound = float(p.median())
+    same, some = probability_and_entropy(logits, token_ids, up_to=bound)
+    assert torch.equal(p, same)
+    torch.testing.assert_close(some, torch.where(p > bound, 0, entropy))
+    assert 0 < int((p > bound).sum()) < 5
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -465,6 +475,14 @@ def test_kl_judge_trusts_near_laws_only() -> None:
     p = torch.cat([law(0.5, 0.3, 0.2), law(0.5, 0.5, 0), law(0.9, 0.1, 0), law(0.3, 0.3, 0.4)])
     q = torch.cat([law(0.4, 0.3, 0.3), law(0.4, 0.4, 0.2), law(0, 1, 0), law(0.6, 0.3, 0.1)])
     batch = step(p.log(), [2, 1, 1, 0], [4], draft=q)
+    found = divergence(batch, torch.arange(4)).tolist()
+    expected = [
+        sum(a * math.log(a / b) for a, b in zip(x, y, strict=True) if a and b)
+        for x, y in zip(p.tolist(), q.tolist(), strict=True)
+    ]
+    assert found[:2] == pytest.approx(expected[:2])
+    assert found[3] == pytest.approx(expected[3])
+    assert found[2] == math.inf
     accept = kl_judge(max_divergence=0.1).acceptance(batch)
     assert accept.tolist() == pytest.approx([1, 1, 0.1, 0.5])
 
@@ -482,6 +500,8 @@ def test_kl_judge_measures_the_divergence_of_whole_laws(dtype: torch.dtype) -> N
     batch = step(logits, token_ids.tolist(), [60], draft=q)
     p = torch.softmax(logits.double(), dim=1)
     true = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.double())).sum(dim=1)
+    found = divergence(batch, torch.arange(60)).double()
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
     below = batch.draft_token_probability < batch.draft_law_of_token
     assert 20 < int(below.sum()) < 60
     assert math.isinf(float(true[5]))

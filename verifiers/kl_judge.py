@@ -24,7 +24,7 @@ from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.verifier import Guarantee, VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import row_blocks, row_products
+from vllm_spec_plugins.vocabulary_passes import row_products
 
 
 class KLJudgeOptions(RelaxedOptions):
@@ -67,8 +67,8 @@ class KLJudge(RelaxedRule):
 def near_draft_tokens(batch: VerifyInput, max_divergence: float) -> Tensor:
     """`[N]` bool, draft tokens the exact rule may reject where KL(p || q) <= `max_divergence`.
 
-    p(x) comes from the same pass, and is left in the batch. Only tokens with p(x) < q(x) are
-    looked at, and of these none whose binary divergence alone is too large.
+    Only tokens with p(x) < q(x) are looked at, and of these none whose binary divergence alone
+    is too large: the whole laws are compared where that may matter.
 
     Args:
         batch: With draft probabilities.
@@ -76,75 +76,48 @@ def near_draft_tokens(batch: VerifyInput, max_divergence: float) -> Tensor:
     """
     law = batch.draft_probabilities
     assert law is not None
-    logits, ids = batch.target_logits, batch.draft_token_ids.clamp(min=0)
-    q_of_token = batch.draft_law_of_token.to(logits.dtype)
-    column, own = ids.unsqueeze(1), logits.gather(1, ids.unsqueeze(1)).squeeze(1)
-    open_ = batch.allowed if law.sampled is None else batch.allowed & law.sampled
-    probability, near = torch.empty_like(own), torch.zeros_like(open_)
-    scratch, log_q = logits.new_empty(0), logits.new_empty(0)
-    for block in row_blocks(len(logits), logits):
-        p = torch.softmax(logits[block], dim=-1, out=scratch.resize_(0))
-        p_of_token = p.gather(1, column[block]).squeeze(1)
-        probability[block] = p_of_token
-        here = (open_[block] & (p_of_token < q_of_token[block])).nonzero().squeeze(1)
-        rows = here + block.start
-        bound = _binary_divergence(p_of_token[here].double(), q_of_token[rows].double())
-        few = bound <= max_divergence
-        here, rows = here[few], rows[few]
-        if not len(rows):
-            continue
-        mean = _mean_log_ratios(batch, p, here, rows, log_q)
-        # sum p log p - sum p log q, with log p = l - log Z.
-        divergence = mean - (own[rows] - p_of_token[here].log())
-        # 0 times infinity, where p or q is 0 somewhere; or p(x) too small to tell log Z.
-        unsure = (divergence.isnan() | (p_of_token[here] < 1e-30)).nonzero().squeeze(1)
-        if len(unsure):
-            q = _rows_of_draft_law(batch, rows[unsure]).to(p.dtype)
-            divergence[unsure] = _divergence_of_laws(p[here[unsure]], q)
-        near[rows] = divergence <= max_divergence
-    probability = torch.where(batch.draft_token_ids >= 0, probability, 0)
-    batch.__dict__.setdefault("draft_token_probability", probability)
+    p, q = batch.draft_token_probability.double(), batch.draft_law_of_token.double()
+    undecided = (p < q) & batch.allowed
+    if law.sampled is not None:
+        undecided &= law.sampled
+    # KL between "it is x" under p and under q: at most that of the laws.
+    binary = torch.special.xlogy(p, p / q) + torch.special.xlogy(1 - p, (1 - p) / (1 - q))
+    rows = (undecided & (binary <= max_divergence)).nonzero().squeeze(1)
+    near = torch.zeros_like(undecided)
+    if len(rows):
+        near[rows] = divergence(batch, rows) <= max_divergence
     return near
 
 
-def _mean_log_ratios(
-    batch: VerifyInput, p: Tensor, here: Tensor, rows: Tensor, scratch: Tensor
-) -> Tensor:
-    """`[M]` mean of l - log q over p, row by row: none is copied where q is over all of V.
+def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
+    """`[M]` KL(p || q) at some of the N rows; infinite where q misses a token p has.
 
     Args:
         batch: With draft probabilities.
-        p: `[B, V]` the target's law in a block of rows.
-        here: `[M]` int64, some of the block's rows.
-        rows: `[M]` int64, the same among the N.
-        scratch: Empty, of the type of p; reused.
+        rows: `[M]` int64, at least one; rows whose token was drawn.
     """
     law = batch.draft_probabilities
     assert law is not None
-    whole = law.vocabulary is None and law.values.shape[1] == p.shape[1]
-    whole &= law.values.dtype == p.dtype
-    means = []
-    for i, row in zip(here.tolist(), rows.tolist(), strict=True):
-        at = slice(row, row + 1)
-        q = law.values[at] if whole else _rows_of_draft_law(batch, rows[rows == row]).to(p.dtype)
-        log_q = torch.log(q, out=scratch.resize_(0))
-        one = p[i : i + 1]
-        means.append(row_products(one, batch.target_logits[at]) - row_products(one, log_q))
-    return torch.cat(means)
-
-
-def _rows_of_draft_law(batch: VerifyInput, rows: Tensor) -> Tensor:
-    """`[M, V]` q at some of the N rows."""
-    assert batch.draft_probabilities is not None
-    width = batch.target_logits.shape[1]
-    return batch.draft_probabilities.dense(rows, batch.draft_token_ids[rows], width)
-
-
-def _binary_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL between "it is x" under p and under q: at most that of the laws."""
-    return torch.special.xlogy(p, p / q) + torch.special.xlogy(1 - p, (1 - p) / (1 - q))
-
-
-def _divergence_of_laws(p: Tensor, q: Tensor) -> Tensor:
-    """`[M]` KL(p || q) of each row of `[M, V]`; infinite where q misses a token p has."""
-    return torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
+    logits, ids = batch.target_logits, batch.draft_token_ids
+    log_normaliser = batch.target_log_normaliser_at(rows)
+    whole = law.vocabulary is None and law.values.shape[1] == logits.shape[1]
+    # On the CPU row by row: a law and its logarithm stay in cache, and none is copied.
+    on_cpu = logits.device.type == "cpu"
+    parts = [slice(row, row + 1) for row in rows.tolist()] if on_cpu else [rows]
+    p, log_q, means = logits.new_empty(0), logits.new_empty(0), []
+    for part, shift in zip(parts, log_normaliser.chunk(len(parts)), strict=True):
+        here = torch.arange(part.start, part.stop) if isinstance(part, slice) else part
+        q = law.values[part] if whole else law.dense(here, ids[here], logits.shape[1])
+        torch.sub(logits[part], shift.unsqueeze(1), out=p.resize_(0)).exp_()
+        torch.log(q.to(p.dtype), out=log_q.resize_(0))
+        # sum p log p - sum p log q, with log p = l - log Z.
+        means.append(row_products(p, logits[part]) - row_products(p, log_q))
+    result = torch.cat(means) - log_normaliser
+    # 0 times infinity, in rows where p or q is 0 somewhere.
+    rest = result.isnan().nonzero().squeeze(1)
+    if len(rest):
+        p = torch.softmax(logits.index_select(0, rows[rest]), dim=-1)
+        q = law.dense(rows[rest], ids[rows[rest]], logits.shape[1]).to(p.dtype)
+        sums = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
+        result[rest] = sums
+    return result

@@ -38,14 +38,19 @@ class Typical(RelaxedRule):
     options: TypicalOptions
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
-        bar = self._bar(batch.target_entropy)
+        # Above epsilon a token stands whatever the entropy.
+        bar = self._bar(batch.target_entropy_up_to(self.options.epsilon))
         p = batch.draft_token_probability
         return (p > bar).to(p.dtype)
 
     def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        entropy = batch.target_entropy_up_to(self.options.epsilon)[rows]
+        unknown = (batch.draft_token_probability[rows] > self.options.epsilon).nonzero().squeeze(1)
+        if len(unknown):  # not after a rejection
+            entropy[unknown] = batch.target_entropy[rows[unknown]]
         logits = batch.target_logits.index_select(0, rows)
         # p > bar, in logits.
-        bar = self._bar(batch.target_entropy[rows]).log() + batch.target_log_normaliser_at(rows)
+        bar = self._bar(entropy).log() + batch.target_log_normaliser_at(rows)
         return logits.gt_(bar.unsqueeze(1))  # in place: 0 or 1, and a copy anyway
 
     def _bar(self, entropy: Tensor) -> Tensor:

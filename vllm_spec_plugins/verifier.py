@@ -197,6 +197,19 @@ class VerifyInput:
         self.__dict__.setdefault("draft_token_probability", p)
         return entropy
 
+    def target_entropy_up_to(self, probability: float) -> Tensor:
+        """`[N]` `target_entropy` where p(x) is not above `probability`, 0 elsewhere: for less.
+
+        Asked for first, it gives `draft_token_probability` for the same pass.
+        """
+        known: dict[float, Tensor] = self.__dict__.setdefault("_entropies_up_to", {})
+        if probability not in known:
+            ids = self.draft_token_ids
+            p, entropy = probability_and_entropy(self.target_logits, ids.clamp(min=0), probability)
+            self.__dict__.setdefault("draft_token_probability", torch.where(ids >= 0, p, 0))
+            known[probability] = entropy
+        return known[probability]
+
     def target_log_normaliser_at(self, rows: Tensor) -> Tensor:
         """`[M]` `target_log_normaliser` of some rows, from what is known of them if it can be."""
         if "target_log_normaliser" in self.__dict__:

@@ -48,31 +48,43 @@ def probability_of(logits: Tensor, token_ids: Tensor) -> Tensor:
     return result
 
 
-def probability_and_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def probability_and_entropy(
+    logits: Tensor, token_ids: Tensor, up_to: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Both for little more than `probability_of` alone.
 
     Args:
         logits: `[rows, V]`; -inf allowed, but not throughout a row.
         token_ids: `[rows]` int64.
+        up_to: Entropies of rows whose token is likelier are not asked for.
 
     Returns:
-        `[rows]` softmax at one token per row, and `[rows]` entropy of the softmax, in nats.
+        `[rows]` softmax at one token per row, and `[rows]` entropy of the softmax, in nats; 0
+        where it is not asked for.
     """
-    probability, mean = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    probability, mean = logits.new_empty(len(logits)), logits.new_zeros(len(logits))
     law, column = logits.new_empty(0), token_ids.unsqueeze(1)
     for block in row_blocks(len(logits), logits):
         torch.softmax(logits[block], dim=-1, out=law.resize_(0))
-        probability[block] = law.gather(1, column[block]).squeeze(1)
-        mean[block] = row_products(law, logits[block])
+        of_token = law.gather(1, column[block]).squeeze(1)
+        probability[block] = of_token
+        if law.device.type != "cpu" or up_to >= 1:
+            mean[block] = row_products(law, logits[block])
+            continue
+        for row, p in enumerate(of_token.tolist()):
+            if not p > up_to:  # what is no number is looked at
+                at = slice(block.start + row, block.start + row + 1)
+                mean[at] = row_products(law[row : row + 1], logits[at])
     # -sum p log p = log Z - sum p l, with log Z = l - log p at any token.
     entropy = logits.gather(1, column).squeeze(1) - probability.log() - mean
     # 0 times -inf; or a probability so small that it may have lost digits.
-    rest = (mean.isnan() | (probability < 1e-30)).nonzero().squeeze(1)
+    asked = ~(probability > up_to)
+    rest = (asked & (mean.isnan() | (probability < 1e-30))).nonzero().squeeze(1)
     for block in row_blocks(len(rest), logits):
         log_law = torch.log_softmax(logits.index_select(0, rest[block]), dim=-1)
         log_law.clamp_(min=torch.finfo(logits.dtype).min)
         entropy[rest[block]] = -row_products(log_law.exp(), log_law)
-    return probability, entropy.clamp_(min=0)
+    return probability, torch.where(asked, entropy.clamp_(min=0), 0)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
