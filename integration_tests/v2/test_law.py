@@ -110,38 +110,3 @@ def test_the_law_is_the_targets(
     assert tally["steps"] > 0.4 * TEXTS
     assert tally["accepted"] > 0.1 * tally["steps"]
     assert tally["drafted"] - tally["accepted"] > 0.1 * tally["steps"]
-
-
-@pytest.mark.slow
-def test_noise_shared_by_draft_and_verification_is_noticed(
-    many: Any, law: Tensor, generate: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Negative control: drafts drawn with the very numbers that decide on them."""
-
-    from vllm_spec_plugins.random_numbers import Purpose, uniforms
-
-    def shared(streams: Tensor, positions: Tensor, index: Tensor, _: Purpose) -> Tensor:
-        return uniforms(streams, positions, index, Purpose.ACCEPT)
-
-    monkeypatch.setattr("vllm_spec_plugins.proposers.early_exit.uniforms", shared)
-    with many(EARLY_EXIT) as llm:
-        found = fits(llm, generate, law)
-    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
-
-
-@pytest.mark.slow
-def test_draft_logits_taken_for_after_temperature_are_noticed(
-    many: Any, law: Tensor, generate: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Negative control: the law of vLLM's drafts, read as if from a flatter one."""
-    from vllm_spec_plugins.engine import v2_verifier
-
-    right = v2_verifier.law_of_draft_logits
-    monkeypatch.setattr(
-        v2_verifier,
-        "law_of_draft_logits",
-        lambda logits, temperatures: right(logits, temperatures * 3),
-    )
-    with many({**DRAFT_MODEL, "verifier": "lossless"}) as llm:
-        found = fits(llm, generate, law)
-    assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
