@@ -46,6 +46,7 @@ def main() -> None:
         num_masks=arguments.masks,
         stage_two=arguments.stage_two,
         decay=arguments.decay,
+        text_weight=arguments.text_weight,
         distil=not arguments.text_labels,
         matrix_lr=arguments.matrix_lr,
         lr=arguments.lr,
@@ -169,6 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--masks", type=int, default=192, help="beside each window")
     parser.add_argument("--stage-two", type=float, default=0.6)
     parser.add_argument("--decay", type=float, default=1.5)
+    parser.add_argument("--text-weight", type=float, default=0.5)
     parser.add_argument("--text-labels", action="store_true")
     parser.add_argument("--matrix-lr", type=float, default=0.01)
     parser.add_argument("--lr", type=float, default=1e-3)

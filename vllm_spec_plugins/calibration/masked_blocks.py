@@ -76,8 +76,9 @@ def draw_blocks(
     Returns:
         Blocks that end within their text.
     """
-    # Blocks of one token need no mask: they cost nothing, and all lengths are alike as likely.
-    count = max(1, round(num_masks / ((longest - 1) / 2 if vary else longest - 1 or 1)))
+    # The first draft token needs no mask. Of blocks that need none, as many as there are masks.
+    masks_of_each = (longest - 1) / 2 if vary else longest - 1
+    count = -int(-num_masks // (masks_of_each or 1))
     shape = (len(text_lengths), count)
     lengths = generator.integers(1, longest + 1, shape) if vary else np.full(shape, longest)
     lengths = np.minimum(lengths, text_lengths[:, None] - 1)
