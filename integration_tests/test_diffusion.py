@@ -172,6 +172,7 @@ def test_greedy_text_is_plain_decodings(
     plain_texts: list[list[int]],
     watch: Callable[..., Any],
     drafted_by: Callable[..., Any],
+    adapter_of: Callable[..., Any],
 ) -> None:
     """With preemption, chunked prompts, prefix hits, and requests that do not draft."""
     options = dict(GREEDY[name])
@@ -182,6 +183,7 @@ def test_greedy_text_is_plain_decodings(
         texts = generate(llm, prompts, max_tokens=MAX_TOKENS, each=each)
         again = generate(llm, prompts, max_tokens=MAX_TOKENS, each=each[::-1])
         [tally] = drafted_by(llm).values()
+        assert adapter_of(llm).context.facts.end_token_ids == (2,)
     assert texts == plain_texts
     assert again == plain_texts
     assert watched.preemptions > 3
