@@ -558,6 +558,12 @@ SEAMS: tuple[Seam, ...] = (
         "replaced",
         "how many draft tokens of each request are scheduled",
     ),
+    Seam(
+        f"{_V2}/warmup.py",
+        "warmup_kernels",
+        "read",
+        "runs steps of requests that nobody sent, before proposers are warm",
+    ),
     Seam(_V2_RUNNER, "GPUModelRunner._dummy_run", "read", "passes are timed before serving"),
     Seam(
         _V2_RUNNER,

@@ -51,6 +51,8 @@ class V2Adapter(RunnerAdapter):
         self._preempted: set[str] = set()
         #: Draft tokens of each request of the last step.
         self._num_drafted: dict[str, int] = {}
+        #: On a GPU vLLM warms its kernels up with steps like any, before proposers are warm.
+        self._serves = False
         # The step at hand.
         self._hidden_states: Tensor | None = None
         self._input_batch: Any = None
@@ -96,6 +98,10 @@ class V2Adapter(RunnerAdapter):
             runner.rejection_sampler = VerifierBridge(
                 self, self.verifiers, runner.sampler, self._spec, runner.device
             )
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        self._serves = True
 
     # Request events.
 
@@ -173,10 +179,10 @@ class V2Adapter(RunnerAdapter):
         """Wraps `GPUModelRunner.sample_tokens`: verification, bookkeeping, drafting."""
         try:
             output = self._sample_tokens_by_vllm(grammar_output)
-            if self._sampler_output is not None:
+            if self._sampler_output is not None and self._serves:
                 # vLLM's own method has drafted, and asked us nothing.
                 self._finish_step(self._emitted())
-            if (batch := self._input_batch) is not None:
+            if (batch := self._input_batch) is not None and self._serves:
                 num_draft = _num_draft(batch) or [0] * batch.num_reqs
                 self.observe_step_time(num_draft, batch.num_tokens)
         finally:
@@ -200,6 +206,8 @@ class V2Adapter(RunnerAdapter):
             layer_states: `[T, H]` for each layer asked for.
             limit: Most tokens to draft for any request.
         """
+        if not self._serves:
+            return
         batch, emitted = self._input_batch, self._emitted()
         no_states = torch.empty(0)
         wants_states = Needs.HIDDEN_STATES in self._needs
