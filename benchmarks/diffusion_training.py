@@ -75,6 +75,9 @@ def main() -> None:
         "prompt_tokens": arguments.prompt,
         "new_tokens": arguments.new,
     }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.output / f"{arguments.name}.checkpoint"
+    resumed = checkpoint.exists()  # then its first rows are there already
     draft_model = LocalModel.load(zoo.ensure(arguments.draft_model))
 
     def keep(row: dict[str, Any]) -> None:
@@ -83,7 +86,7 @@ def main() -> None:
             with ROWS.open("a") as file:
                 file.write(json.dumps({**row, **provenance()}) + "\n")
 
-    for temperature, texts in written.items():
+    for temperature, texts in () if resumed else written.items():
         quality = evaluate_causal(target, draft_model, texts, recipe.block)
         keep(
             {
@@ -124,11 +127,10 @@ def main() -> None:
                 }
             )
 
-    measure(0, drafter)
+    if not resumed:
+        measure(0, drafter)
     data = f"zoo {len(learnt)} {int(learnt.sum())}"
     job = job_of(recipe, drafter, target, data)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.output / f"{arguments.name}.checkpoint"
     trained = train(
         drafter,
         target,

@@ -419,6 +419,7 @@ class TestCommand:
             (["--layers", "3"], "layers must be 1 to 2"),
             (["--block", "256", "--new-tokens", "300"], "block must be 1 to 255"),
             (["--new-tokens", "8"], "less than a block of 16"),
+            (["--new-tokens", "1985"], "positions: at most 1984"),
             (["--window", "4096"], "window must be 2 to 2048"),
             (["--texts", "no/such/file"], "no texts at"),
             (["--output", "no/such/folder/drafter"], "there is no folder"),

@@ -147,11 +147,11 @@ def run(
     if not output.parent.is_dir():
         raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to")
     held_out = held_out or HeldOutTexts()
-    _check_held_out(held_out, recipe)
     folder, _ = model_to_serve(model, threads or None)
     corpus = Corpus(texts)
     target = LocalModel.load(folder, training_dtype(folder, dtype))
     recipe.check(target)
+    _check_held_out(held_out, recipe, target)
     tokenizer = TextTokenizer(folder)
     mask_token_id = mask_token_of(tokenizer, target.vocab_size)
     source = None if start.sizes else _source(start.model, folder, target, threads)
@@ -240,12 +240,18 @@ def run(
         console.print("no loss curve: matplotlib is not installed (extra [demo])", highlight=False)
 
 
-def _check_held_out(held_out: HeldOutTexts, recipe: DiffusionRecipe) -> None:
-    """Raises SpecPluginsError if no block fits into what is written."""
+def _check_held_out(held_out: HeldOutTexts, recipe: DiffusionRecipe, target: LocalModel) -> None:
+    """Raises SpecPluginsError if no block fits into what is written, or that into the target."""
     if held_out.new_tokens < recipe.block:
         raise SpecPluginsError(
             f"--new-tokens {held_out.new_tokens} is less than a block of {recipe.block} tokens: "
             "no whole draft would be measured"
+        )
+    longest = target.max_positions - held_out.prompt_tokens
+    if held_out.new_tokens > longest:
+        raise SpecPluginsError(
+            f"--new-tokens {held_out.new_tokens} after prompts of {held_out.prompt_tokens} is "
+            f"more than the target's {target.max_positions} positions: at most {longest}"
         )
 
 
