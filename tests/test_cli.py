@@ -183,6 +183,26 @@ def test_threads_of_vllm_ngram(
     assert not list(doctor.ngram_threads(ngram, on_cpu=False))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "level", "says"),
+    [
+        ("0", "ok", "V1, by VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("1", "error", "needs Triton"),
+        (None, "ok", "V1: V2 needs Triton"),
+    ],
+)
+def test_the_model_runner_is_named_with_its_reason(
+    chosen: str | None, level: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, where Triton has no device to compile for."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
+    (finding,) = doctor.model_runner(on_cpu=True)
+    assert finding.level == level
+    assert says in finding.detail
+
+
 def test_methods_going_away() -> None:
     literal = 'SpeculativeMethod = Literal["ngram", "medusa", EagleModelTypes]'
     (finding,) = doctor.going_away(source(config__speculative=literal))

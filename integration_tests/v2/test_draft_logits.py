@@ -13,6 +13,7 @@ TEMPERATURE = 0.5
 DRAWS = 300
 
 
+@pytest.mark.slow
 def test_kept_draft_logits_give_the_law_the_drafts_were_drawn_from() -> None:
     """vLLM's own kernel draws; a law without the temperature, or with it twice, is noticed."""
     import torch
