@@ -7,7 +7,7 @@ and passes of the drafter for each accepted token. One row for each method, temp
 and repeat goes to results/diffusion.jsonl as soon as it is measured; rows that are there already,
 of the same run (by default: the same commit) and settings, are not measured again.
 
-    vllm-spec calibrate diffusion-drafter small --output DRAFTER
+    vllm-spec calibrate diffusion-drafter small --texts zoo --output DRAFTER
     python benchmarks/diffusion.py DRAFTER
     python benchmarks/diffusion.py DRAFTER --methods 'K=8' --batches 1 --temperatures 0
     python benchmarks/diffusion.py DRAFTER --quick        # does it run?
