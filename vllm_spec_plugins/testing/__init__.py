@@ -19,6 +19,7 @@ from typing import Any
 _HOME = {
     "GoodnessOfFit": "chi_square",
     "ToyProblem": "toy_problems",
+    "assert_draws_its_law": "guarantees",
     "assert_keeps_its_guarantee": "guarantees",
     "assert_lossless": "guarantees",
     "assert_price_is_measured": "guarantees",
@@ -28,8 +29,10 @@ _HOME = {
     "enumeration_error": "enumeration",
     "expected_accepted": "enumeration",
     "first_token_prices": "enumeration",
+    "fit_of_step": "step_draws",
     "generate": "simulation",
     "goodness_of_fit": "chi_square",
+    "misstated": "controls",
     "negative_controls": "controls",
     "output_laws": "enumeration",
     "total_variation": "enumeration",

@@ -13,6 +13,7 @@ from .enumeration import enumeration_error, has_exact_law
 from .guarantees import (
     TOLERANCE,
     Case,
+    assert_draws_its_law,
     assert_price_is_measured,
     assert_relaxes,
     check_texts,
@@ -51,3 +52,9 @@ def test_a_relaxed_verifier_is_not_lossless(verifier_under_test: Verifier) -> No
     if verifier_under_test.guarantee is Guarantee.LOSSLESS:
         pytest.skip("the verifier promises the target's law")
     assert_relaxes(verifier_under_test)
+
+
+def test_verify_draws_what_the_verifier_says(verifier_under_test: Verifier) -> None:
+    if not has_exact_law(verifier_under_test):
+        pytest.skip("the verifier does not say what it draws from (accepted_law, residual)")
+    assert_draws_its_law(verifier_under_test)

@@ -6,7 +6,7 @@ text that looks right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -137,4 +137,45 @@ def negative_controls(inner: Verifier) -> dict[str, Verifier]:
         "one number for all positions": Altered(inner, _as(_RepeatedUniforms)),
         "verification reuses the draft's numbers": Altered(inner, _as(_DraftNoise)),
         "bonus token off by one": Altered(inner, _bonus_from_last_draft_row),
+    }
+
+
+class Misstated(AcceptanceRule):
+    """Says of itself what `inner` says, and draws what `inner` draws from something else."""
+
+    guarantee = Guarantee.HEURISTIC
+
+    def __init__(self, inner: AcceptanceRule, alter: Callable[[VerifyInput], VerifyInput]) -> None:
+        super().__init__(inner.options, inner.context)
+        self.inner = inner
+        self.alter = alter
+
+    def acceptance(self, batch: VerifyInput) -> Tensor:
+        return self.inner.acceptance(batch)
+
+    def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        return self.inner.residual(batch, rows)
+
+    def accepted_law(self, batch: VerifyInput) -> Tensor:
+        return self.inner.accepted_law(batch)
+
+    def verify(self, batch: VerifyInput) -> Verification:
+        return self.inner.verify(self.alter(batch))
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        self.inner.finish(request_ids)
+
+
+def _slightly_other_target(batch: VerifyInput) -> VerifyInput:
+    """Logits a twentieth sharper than the law is: a temperature applied twice, say."""
+    return replace(batch, target_logits=batch.target_logits * 1.05)
+
+
+def misstated(inner: AcceptanceRule) -> dict[str, Verifier]:
+    """Verifiers, relaxed ones too, whose `verify` is not what they say, by the mistake."""
+    return {
+        "wrong target law": Misstated(inner, _slightly_other_target),
+        "accept and resample share a number": Misstated(inner, _as(_SharedUniforms)),
+        "one number for all positions": Misstated(inner, _as(_RepeatedUniforms)),
+        "bonus token off by one": Misstated(inner, _bonus_from_last_draft_row),
     }

@@ -6,7 +6,7 @@ token comes (`residual`); the target continues. Summed over drafts, weighted by 
 proposer is to make them, that is the law of the text, to rounding.
 
 It examines the functions `verify` draws from; that `verify` draws from them is what
-`simulation` is for.
+`simulation` shows for lossless verifiers and `step_draws` for all.
 """
 
 from __future__ import annotations
@@ -64,21 +64,18 @@ def enumerated_input(
     return batch, list(steps), list(weights)
 
 
-def output_laws(
-    verifier: AcceptanceRule, problems: Sequence[ToyProblem], vocabulary: Tensor | None = None
+def step_laws(
+    verifier: AcceptanceRule, batch: VerifyInput, steps: Sequence[DraftedStep]
 ) -> list[Tensor]:
-    """Law of the first K+1 tokens of the text, for each problem.
+    """What one verification makes of every draft: `[R, K+1, V]` for each step's requests.
+
+    Entry r, j, y: how likely draft r stands for exactly j tokens and y follows.
 
     Args:
         verifier: With `accepted_law` and `residual` that say what `verify` does.
-        problems: Verified together, as one batch.
-        vocabulary: See `verify_input`.
-
-    Returns:
-        `[V^(K+1)]` for a problem whose proposer draws; `[V^K, V^(K+1)]`, one law per draft,
-        for one whose proposer chooses.
+        batch: Of all steps.
+        steps: As they stand in the batch.
     """
-    batch, steps, weights = enumerated_input(problems, vocabulary)
     accepted = verifier.accepted_law(batch)
     next_law = torch.zeros(
         len(batch.num_draft), batch.max_num_draft + 1, batch.bonus_logits.shape[1]
@@ -94,11 +91,29 @@ def output_laws(
         _point_mass(batch.bonus_logits),
         torch.softmax(batch.bonus_logits, dim=1),
     )
-    laws, first = [], 0
-    for step, weight in zip(steps, weights, strict=True):
-        rows = slice(first, first + len(weight))
-        first += len(weight)
-        emitted = accepted[rows].unsqueeze(2) * next_law[rows]
+    emitted = accepted.unsqueeze(2) * next_law
+    return list(emitted.split([len(step.counts) for step in steps]))
+
+
+def output_laws(
+    verifier: AcceptanceRule, problems: Sequence[ToyProblem], vocabulary: Tensor | None = None
+) -> list[Tensor]:
+    """Law of the first K+1 tokens of the text, for each problem.
+
+    Args:
+        verifier: With `accepted_law` and `residual` that say what `verify` does.
+        problems: Verified together, as one batch.
+        vocabulary: See `verify_input`.
+
+    Returns:
+        `[V^(K+1)]` for a problem whose proposer draws; `[V^K, V^(K+1)]`, one law per draft,
+        for one whose proposer chooses.
+    """
+    batch, steps, weights = enumerated_input(problems, vocabulary)
+    laws = []
+    for step, weight, emitted in zip(
+        steps, weights, step_laws(verifier, batch, steps), strict=True
+    ):
         if step.problem.draft_probabilities is None:
             parts = [_law_of_text(_one(step, i), emitted[i : i + 1]) for i in range(len(weight))]
             laws.append(torch.stack(parts))

@@ -21,6 +21,7 @@ from .enumeration import (
     has_exact_law,
 )
 from .simulation import generate
+from .step_draws import fit_of_step
 from .toy_problems import (
     ToyProblem,
     adversarial,
@@ -238,6 +239,54 @@ def assert_price_is_measured(verifier: Verifier) -> None:
         )
 
 
+def step_cases() -> list[Case]:
+    """One problem each: all kinds of draft, of three tokens and of one."""
+    vocabulary = torch.tensor([0, 2, 3])
+    plain = random_problem(21, num_draft=3, order=2)
+    problems = {
+        "plain": plain,
+        "adversarial": adversarial(plain),
+        "near equal": near_equal(plain, 0.5),
+        "top-k target, top-p draft": truncated_draft(truncated_target(plain, 3), 0.7),
+        "one-hot draft": one_hot(plain),
+        "greedy": one_hot(plain).with_temperature(0),
+        "placeholder": replace(plain, num_placeholders=1),
+        "one token": random_problem(22, num_draft=1, order=1),
+    }
+    cases = [Case(name, (problem,)) for name, problem in problems.items()]
+    compact = within_vocabulary(plain, vocabulary)
+    return [*cases, Case("compact draft", (compact,), vocabulary=vocabulary)]
+
+
+def assert_draws_its_law(
+    verifier: Verifier, *, samples: int = 50_000, false_alarm: float = 1e-6
+) -> None:
+    """`verify` draws from what the verifier says of itself: `accepted_law` and `residual`.
+
+    The enumeration examines what a verifier says; this closes the gap to what it does. By
+    chi-square over drafts, numbers of accepted tokens and tokens after them, jointly.
+
+    Args:
+        verifier: Built on `toy_context()` or the like.
+        samples: Steps of each case.
+        false_alarm: Chance that a right verifier fails, over the whole call.
+
+    Raises:
+        AssertionError: It draws from something else, or does not say from what.
+    """
+    assert has_exact_law(verifier), "override accepted_law and residual together with verify"
+    fits = [
+        fit_of_step(case.name, verifier, problem, samples=samples, vocabulary=case.vocabulary)
+        for case in step_cases()
+        for problem in case.problems
+    ]
+    wrong = [str(fit) for fit in failures(fits, false_alarm)]
+    assert not wrong, (
+        f"verify draws from another law than accepted_law and residual say (false alarm "
+        f"{false_alarm:.0e} in all):\n  " + "\n  ".join(wrong)
+    )
+
+
 def assert_relaxes(verifier: Verifier) -> None:
     """A verifier that calls itself relaxed is not lossless: the label says something.
 
@@ -254,12 +303,16 @@ def assert_relaxes(verifier: Verifier) -> None:
 
 
 def assert_keeps_its_guarantee(verifier: Verifier, *, samples: int = 200_000) -> None:
-    """What `guarantee` promises: the target's law, or a price that is measured right."""
+    """What `guarantee` promises: the target's law, or a price that is measured right.
+
+    A relaxed verifier must also draw what it says it draws.
+    """
     if verifier.guarantee is Guarantee.LOSSLESS:
         assert_lossless(verifier, samples=samples)
     else:
         assert_relaxes(verifier)
         assert_price_is_measured(verifier)
+        assert_draws_its_law(verifier)
 
 
 def build_verifier(name: str, options: str = "{}") -> Verifier:
