@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from vllm_spec_plugins.verifiers.judge import Judge, JudgeOptions
+from vllm_spec_plugins.verifiers.judge import Judge, JudgeOptions, _folder_of
 
 from vllm_spec_plugins.context import EngineContext, ModelFacts
 from vllm_spec_plugins.errors import SpecPluginsError
@@ -254,6 +254,24 @@ def test_hidden_states_that_are_no_numbers_leave_it_exact(build: Callable[..., J
     batch = replace(batch, hidden_states=torch.full((len(batch.draft_token_ids), V), torch.nan))
     assert not Judge.judged(judge, batch).any()
     assert not Judge.judged(judge, replace(batch, hidden_states=None)).any()
+
+
+def test_weights_are_those_of_the_revision_served(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def snapshot(model: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert local_files_only
+        asked.append((model, revision))
+        return str(tmp_path)
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    facts = facts_of(Path("owner/model"), revision="v2")
+    assert _folder_of(facts) == tmp_path
+    assert asked == [("owner/model", "v2")]
 
 
 # --- tool calls ----------------------------------------------------------------------------------

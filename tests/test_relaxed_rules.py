@@ -309,8 +309,9 @@ def test_a_limit_is_a_distance(limit: Any) -> None:
 # What each accepts.
 
 
-def test_probability_and_entropy_of_rows() -> None:
-    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 4
+@pytest.mark.parametrize("width", [300, 3000])
+def test_probability_and_entropy_of_rows(width: int) -> None:
+    logits = torch.randn(5, width, generator=torch.Generator().manual_seed(0)) * 4
     logits[1, 5:] = -torch.inf
     logits[2, 1:] = -torch.inf
     token_ids = torch.tensor([7, 2, 0, 299, 5])
@@ -341,9 +342,10 @@ def test_top_entries_are_those_of_a_sort(width: int, count: int, largest: bool) 
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("width", [300, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_counts_and_maxima_of_some_rows(dtype: torch.dtype) -> None:
-    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_counts_and_maxima_of_some_rows(dtype: torch.dtype, width: int) -> None:
+    logits = torch.randn(6, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows = torch.tensor([4, 0, 5])
     values = logits[rows, 7]
     assert torch.equal(largest_of_rows(logits, rows), logits[rows].amax(dim=1))
@@ -487,13 +489,14 @@ def test_kl_judge_trusts_near_laws_only() -> None:
     assert accept.tolist() == pytest.approx([1, 1, 0.1, 0.5])
 
 
+@pytest.mark.parametrize("width", [300, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kl_judge_measures_the_divergence_of_whole_laws(dtype: torch.dtype) -> None:
+def test_kl_judge_measures_the_divergence_of_whole_laws(dtype: torch.dtype, width: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(60, 300, generator=generator, dtype=dtype) * 3
+    logits = torch.randn(60, width, generator=generator, dtype=dtype) * 3
     logits[:20, 200:] = -torch.inf
     logits[20:24, 0] = -250.0  # p(x) as good as 0
-    q = torch.softmax(logits + torch.randn(60, 300, generator=generator, dtype=dtype), dim=1)
+    q = torch.softmax(logits + torch.randn(60, width, generator=generator, dtype=dtype), dim=1)
     q[5, 3] = q[6, 250:] = 0  # misses a token p has; misses none
     token_ids = torch.multinomial(q, 1, generator=generator).squeeze(1)
     token_ids[20:24], q[20:24, 0] = 0, 1e-3
@@ -610,6 +613,10 @@ def test_fly_needs_drafts_longer_than_its_window() -> None:
     Fly.check(FlyOptions(window_size=4), facts)
     with pytest.raises(ConfigError, match="Raise num_speculative_tokens above it"):
         Fly.check(FlyOptions(window_size=5), facts)
+    # Left to the draft model's config, the length is known when the verifier is built.
+    Fly.check(FlyOptions(window_size=5), replace(facts, num_speculative_tokens=0))
+    with pytest.raises(ConfigError, match="at most 5 tokens"):
+        Fly(FlyOptions(window_size=5), replace(CONTEXT, facts=facts))
 
 
 # Bad input.

@@ -39,7 +39,7 @@ from vllm_spec_plugins.verifier import (
 from vllm_spec_plugins.vocabulary_passes import top_entries
 
 if TYPE_CHECKING:
-    from vllm_spec_plugins.context import ModelFacts
+    from vllm_spec_plugins.context import EngineContext, ModelFacts
 
 
 class FlyOptions(RelaxedOptions):
@@ -63,9 +63,13 @@ class Fly(RelaxedRule):
     Options = FlyOptions
     options: FlyOptions
 
+    def __init__(self, options: FlyOptions, context: EngineContext) -> None:
+        super().__init__(options, context)
+        self.check(options, context.facts)  # by now the draft model has said how much it drafts
+
     @classmethod
     def check(cls, options: FlyOptions, facts: ModelFacts) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if facts.num_speculative_tokens <= options.window_size:
+        if 0 < facts.num_speculative_tokens <= options.window_size:
             raise ConfigError(
                 f'fly: "window_size" is {options.window_size}, and drafts have at most '
                 f"{facts.num_speculative_tokens} tokens: nothing could ever be forgiven. Raise "

@@ -130,7 +130,7 @@ def recognise(head: JudgeHead, path: str, facts: ModelFacts) -> bool:
     Raises:
         SpecPluginsError: They could, and are another model's.
     """
-    folder = _folder_of(facts.model)
+    folder = _folder_of(facts)
     return folder is not None and head.recognise(folder, path)
 
 
@@ -152,7 +152,7 @@ def token_ids_of(tokens: Sequence[int | str], facts: ModelFacts) -> list[int]:
         return [token for token in tokens if isinstance(token, int)]
     from vllm_spec_plugins.calibration.texts import TextTokenizer
 
-    folder = _folder_of(facts.model)
+    folder = _folder_of(facts)
     if folder is None:
         raise ConfigError(
             f"judge: never_judge names {texts[0]!r}, but {facts.model} is not on this machine yet, "
@@ -175,14 +175,14 @@ def token_ids_of(tokens: Sequence[int | str], facts: ModelFacts) -> list[int]:
     return ids
 
 
-def _folder_of(model: str) -> Path | None:
-    """The folder of a model: itself, or where the Hugging Face cache has it; None if nowhere."""
-    if Path(model).is_dir():
-        return Path(model)
+def _folder_of(facts: ModelFacts) -> Path | None:
+    """The folder of a model: itself, or where the Hugging Face cache has the revision served."""
+    if Path(facts.model).is_dir():
+        return Path(facts.model)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, local_files_only=True))
+        return Path(snapshot_download(facts.model, revision=facts.revision, local_files_only=True))
     except (ImportError, OSError, ValueError):
         return None
 

@@ -24,7 +24,7 @@ from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.verifier import Guarantee, VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import row_products
+from vllm_spec_plugins.vocabulary_passes import row_products, rows_apart
 
 
 class KLJudgeOptions(RelaxedOptions):
@@ -101,9 +101,8 @@ def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
     logits, ids = batch.target_logits, batch.draft_token_ids
     log_normaliser = batch.target_log_normaliser_at(rows)
     whole = law.vocabulary is None and law.values.shape[1] == logits.shape[1]
-    # On the CPU row by row: a law and its logarithm stay in cache, and none is copied.
-    on_cpu = logits.device.type == "cpu"
-    parts = [slice(row, row + 1) for row in rows.tolist()] if on_cpu else [rows]
+    # Row by row where they are wide: a law and its logarithm stay in cache, and none is copied.
+    parts = [slice(row, row + 1) for row in rows.tolist()] if rows_apart(logits) else [rows]
     p, log_q, means = logits.new_empty(0), logits.new_empty(0), []
     for part, shift in zip(parts, log_normaliser.chunk(len(parts)), strict=True):
         here = torch.arange(part.start, part.stop) if isinstance(part, slice) else part

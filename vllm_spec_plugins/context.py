@@ -19,11 +19,13 @@ class ModelFacts:
         hidden_size: Width of the target's hidden states.
         num_layers: Number of transformer layers of the target.
         max_model_len: Longest sequence served, in tokens.
-        num_speculative_tokens: Most tokens drafted for one request in one step.
+        num_speculative_tokens: Most tokens drafted for one request in one step; 0 while options
+            are checked and it is left to the draft model's config, which is read later.
         tensor_parallel_size: Ranks that share each layer.
         image_token_range: `[first, last + 1)` ids that are image codes, where the model's
             config says so (`image_token_range.py`).
         end_token_ids: Tokens that end a text, where the model's config names them.
+        revision: Of a model on the Hub, branch, tag or commit; None: its default.
     """
 
     model: str
@@ -35,6 +37,7 @@ class ModelFacts:
     tensor_parallel_size: int = 1
     image_token_range: tuple[int, int] | None = None
     end_token_ids: tuple[int, ...] = ()
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

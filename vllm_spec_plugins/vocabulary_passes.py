@@ -16,6 +16,8 @@ from torch import Tensor
 #: Elements of a block: half a megabyte of float32. A block and the scratch it is worked on
 #: in share the second-level cache of a core.
 _BLOCK_ELEMENTS = 1 << 17
+#: Columns of a row that take longer than the call that works on them.
+_WIDE = 2048
 #: Columns of which only the best is looked at first, where a few of many are wanted.
 _SPAN = 128
 
@@ -68,7 +70,7 @@ def probability_and_entropy(
         torch.softmax(logits[block], dim=-1, out=law.resize_(0))
         of_token = law.gather(1, column[block]).squeeze(1)
         probability[block] = of_token
-        if law.device.type != "cpu" or up_to >= 1:
+        if up_to >= 1 or not rows_apart(logits):
             mean[block] = row_products(law, logits[block])
             continue
         for row, p in enumerate(of_token.tolist()):
@@ -92,7 +94,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
     numpy's takes half the time of torch's on the CPU.
     """
-    if not _is_numpy(a) or not len(a):
+    if not rows_apart(a) or not len(a):
         return torch.linalg.vecdot(a, b)
     pairs = zip(a.detach().numpy(), b.detach().numpy(), strict=True)
     with np.errstate(invalid="ignore"):  # 0 times infinity is for the caller to see
@@ -101,7 +103,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
     """`[M]` the largest logit of some rows; on the CPU none of them is copied."""
-    if not _is_numpy(logits):
+    if not rows_apart(logits):
         return logits.index_select(0, rows).amax(dim=-1)
     table = logits.detach().numpy()
     return logits.new_tensor([table[row].max() for row in rows.tolist()])
@@ -109,7 +111,7 @@ def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
 
 def count_above(logits: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """`[M]` int64, how many logits of some rows are above one value each, `[M]`. As above."""
-    if not _is_numpy(logits):
+    if not rows_apart(logits):
         return (logits.index_select(0, rows) > values.unsqueeze(1)).sum(dim=-1)
     table = logits.detach().numpy()
     pairs = zip(rows.tolist(), values.detach().numpy(), strict=True)
@@ -147,6 +149,11 @@ def first_argmax(logits: Tensor) -> Tensor:
     if not len(logits):
         return logits.new_zeros(0, dtype=torch.int64)
     return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+
+
+def rows_apart(tensor: Tensor) -> bool:
+    """Whether rows of `[rows, V]` are best worked on one by one: wide ones, on the CPU."""
+    return _is_numpy(tensor) and tensor.shape[1] >= _WIDE
 
 
 def _is_numpy(tensor: Tensor) -> bool:

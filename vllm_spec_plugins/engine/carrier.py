@@ -66,6 +66,7 @@ def model_facts(
         tensor_parallel_size=parallel.tensor_parallel_size,
         image_token_range=image_token_range(config),
         end_token_ids=(ends,) if isinstance(ends, int) else tuple(ends or ()),
+        revision=model.revision,
     )
 
 
