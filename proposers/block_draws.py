@@ -88,7 +88,7 @@ class BlockDraws:
         count, width, vocab_size = logits.shape
         if not self.sampled.any():
             return first_argmax(logits.reshape(-1, vocab_size)).view(count, width), None
-        law = law_of((logits / self.scale).view(-1, vocab_size), self.top_k or vocab_size)
+        law = law_of((logits / self.scale).reshape(-1, vocab_size), self.top_k or vocab_size)
         u = uniforms(self.streams, self.first, columns, Purpose.DRAFT)
         token_ids = draw_fresh(law, u.expand(count, width).reshape(-1)).view(count, width)
         sampled = torch.from_numpy(self.sampled).to(logits.device)

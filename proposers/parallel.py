@@ -81,14 +81,17 @@ class ParallelProposer(Proposer):
 
     def __init__(self, options: ParallelOptions, context: EngineContext) -> None:
         super().__init__(options, context)
-        self._ends = np.array(context.facts.end_token_ids, dtype=np.int64)
+        facts = context.facts
+        # A config may name a token that the model has no logits for.
+        ends = [token for token in facts.end_token_ids if token < facts.vocab_size]
+        self._ends = np.array(ends, dtype=np.int64)
         self._top_k = options.draft_top_k
         self._path_search: PathSearch | None = None
         if options.drafts == "path":
             self._path_search = PathSearch(
                 options.path or PathSearchOptions.model_validate({}),
                 context.max_num_requests,
-                self._ends.tolist(),
+                ends,
             )
 
     @classmethod
