@@ -31,9 +31,12 @@ from torch import Tensor
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, write_neighbours
 from vllm_spec_plugins.context import EngineContext, ModelFacts
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+from vllm_spec_plugins.judge_head import NORM_STATE, JudgeCard, JudgeHead
 from vllm_spec_plugins.registry import Kind, installed
 from vllm_spec_plugins.verifier import Verifier, VerifyInput
 
+#: Width of the hidden states that the judge's head reads.
+HIDDEN_SIZE = 4096
 RESULTS = Path(__file__).parent / "results" / "verify_relaxed_cpu.jsonl"
 #: Neighbours of each code in the table that LANTERN reads.
 NEIGHBOURS = {"lantern": 1000, "lantern++": 10}
@@ -41,7 +44,7 @@ NEIGHBOURS = {"lantern": 1000, "lantern++": 10}
 
 @dataclass(frozen=True)
 class Step:
-    """What all rules verify.
+    """What all rules verify; the judge sees random hidden states beside it.
 
     Attributes:
         target_logits: `[N, V]` float32.
@@ -51,6 +54,7 @@ class Step:
         temperature: Of every request; 0 = greedy.
         num_requests: R.
         num_draft: K, of every request.
+        hidden_states: `[N, HIDDEN_SIZE]` float32.
     """
 
     target_logits: Tensor
@@ -60,6 +64,7 @@ class Step:
     temperature: float
     num_requests: int
     num_draft: int
+    hidden_states: Tensor
 
     def batch(self, position: int) -> VerifyInput:
         """A fresh batch: nothing is remembered from the last."""
@@ -74,6 +79,7 @@ class Step:
             torch.full((self.num_requests,), self.temperature),
             torch.arange(self.num_requests),
             torch.full((self.num_requests,), position),
+            self.hidden_states,
             max_num_draft=self.num_draft,
             all_greedy=greedy,
             any_greedy=greedy,
@@ -96,14 +102,16 @@ def make_step(kind: str, args: argparse.Namespace) -> Step:
         second = torch.rand(rows, generator=generator) < 0.3
         drafts = target.topk(2, dim=1).indices.gather(1, second.long().unsqueeze(1)).squeeze(1)
     temperature = 0.0 if kind == "greedy" else 1.0
+    hidden_states = torch.randn(rows, HIDDEN_SIZE, generator=generator)
     return Step(
-        target.contiguous(), bonus.contiguous(), drafts, law, temperature, args.requests, args.draft
-    )
+        target.contiguous(), bonus.contiguous(), drafts, law, temperature, args.requests,
+        args.draft, hidden_states,
+    )  # fmt: skip
 
 
 def make_rules(vocab_size: int, num_draft: int, folder: Path) -> dict[str, Verifier]:
-    """`lossless` and every relaxed rule that needs no trained head, with its defaults."""
-    facts = ModelFacts("random", vocab_size, 64, 2, 4096, num_draft)
+    """`lossless` and every relaxed rule with its defaults; the judge with a random head."""
+    facts = ModelFacts("random", vocab_size, HIDDEN_SIZE, 2, 4096, num_draft)
     context = EngineContext(facts, torch.device("cpu"), max_num_requests=256, seed=0)
     codes = vocab_size // 2
     chosen: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,6 +121,7 @@ def make_rules(vocab_size: int, num_draft: int, folder: Path) -> dict[str, Verif
         "top_k_relaxed": ("top_k_relaxed", {}),
         "kl_judge": ("kl_judge", {}),
         "fly": ("fly", {"window_size": 3}),
+        "judge": ("judge", {"head": write_head(folder, vocab_size)}),
         "threshold, limited": ("threshold", {"max_total_variation": 0.05}),
     }
     for rule in ("lantern", "lantern++", "gsd", "annealed"):
@@ -129,6 +138,18 @@ def make_rules(vocab_size: int, num_draft: int, folder: Path) -> dict[str, Verif
         parsed = plugin.Options.model_validate_json(json.dumps(options))
         rules[label] = plugin(parsed, context)
     return rules
+
+
+def write_head(folder: Path, vocab_size: int) -> str:
+    """A head of random weights that lets every second draft token stand."""
+    card = JudgeCard(
+        "random", HIDDEN_SIZE, 2, vocab_size, 2, NORM_STATE, "float32", 0.5, [], "", {}
+    )
+    weight = torch.randn(HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
+    head = JudgeHead(card, weight, torch.zeros(1), torch.tensor([2]), {})
+    path = folder / "head.safetensors"
+    head.write(path)
+    return str(path)
 
 
 def measure(
