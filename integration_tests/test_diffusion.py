@@ -7,7 +7,10 @@ block the first token is often right, the others by luck. That is what tests of 
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +66,9 @@ def begun_as(tmp_path_factory: pytest.TempPathFactory) -> Begun:
         folder = tmp_path_factory.mktemp("drafter")
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
-        (folder / "tokenizer.json").write_text("{}")
+        tokenizer = source / "tokenizer.json"
+        text = tokenizer.read_text() if tokenizer.exists() else "{}"
+        (folder / "tokenizer.json").write_text(text)
         return str(folder)
 
     return begun_as
@@ -412,3 +417,43 @@ def test_two_ranks_decode_what_one_decodes(
     first, second = known
     assert any(first.values())
     assert first == second
+
+
+# --- the benchmark ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # four engines start, each in a process of its own
+def test_the_benchmark_runs(
+    begun_as: Begun, engine_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Its quick mode, with a drafter that begins as the target."""
+    from vllm_spec_plugins import zoo
+
+    folder, rows_file = begun_as(zoo.ensure("nano")), tmp_path / "rows.jsonl"
+    script = Path(__file__).parents[1] / "benchmarks" / "diffusion.py"
+    options = ["--quick", "--model", "nano", "--batches", "1", "--output", str(rows_file)]
+    finished = subprocess.run(
+        [sys.executable, str(script), folder, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **engine_environment},
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    assert {row["method"] for row in rows} == {
+        "draft_model K=4",
+        "diffusion K=4",
+        "diffusion K=4 adaptive_draft_length",
+        "diffusion K=4 path",
+        "diffusion K=4 path adaptive_draft_length",
+    }
+    for row in rows:
+        assert folder not in json.dumps(row)
+        assert row["drafting_ms_per_step"] > 0
+        assert row["drafter_parameters"] > row["draft_model_parameters"]
+        if row["method"] == "draft_model K=4":  # it drafts for itself: all is accepted
+            assert row["drafter_passes_per_accepted"] == pytest.approx(1, abs=0.2)
+        elif row["temperature"] == 0:
+            count, compared = row["same_text_as_plain"]
+            assert count == compared > 0
