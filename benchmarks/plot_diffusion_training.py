@@ -47,7 +47,8 @@ def _draw(axes: Axes, rows: list[dict[str, Any]], name: str) -> None:
         axes.axhline(causal["acceptance_length"][length - 1], color=colour, ls="--", lw=1)
     axes.plot([], [], color="#555", ls="--", lw=1, label=f"{causal['drafter']}: a pass per token")
     axes.set(xlabel="thousand text tokens trained on", ylabel="tokens per step, bonus included")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_ylim(top=3.2)  # room for the legend
+    axes.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
 
 
 if __name__ == "__main__":
