@@ -87,6 +87,40 @@ def curve(axes: Axes, found: list[Any], x: str, y: str, temperature: float) -> N
             )
 
 
+def gains(axes: Axes, found: list[Any]) -> None:
+    """Acceptance length over lossless with drafts as long, over the Frechet distance."""
+    ours = [
+        (row, values)
+        for row, values in found
+        if row["temperature"] == 1.0 and row["residual"] == "ours" and row["name"] != "plain"
+    ]
+    lossless = {
+        row["num_draft"]: mean(values["acceptance_length"])
+        for row, values in ours
+        if row["name"] == "lossless"
+    }
+    for (count, bound), marker in zip(sorted(lossless.items()), "o^sv", strict=False):
+        for name, colour in COLOURS.items():
+            mine = [v for row, v in ours if row["name"] == name and row["num_draft"] == count]
+            if mine:
+                axes.errorbar(
+                    [mean(v["frechet_distance"]) for v in mine],
+                    [mean(v["acceptance_length"]) / bound for v in mine],
+                    None,
+                    [_spread(v["frechet_distance"]) for v in mine],
+                    marker,
+                    color=colour,
+                    markersize=5,
+                    capsize=2,
+                )
+        axes.plot([], [], marker, color="#202124", label=f"drafts of {count}")
+    axes.axhline(1.3, color="#202124", linewidth=0.8, linestyle=":")
+    axes.set_title("gain over lossless with drafts as long", fontsize=10)
+    axes.set_xlabel(NAMES["frechet_distance"])
+    axes.set_ylabel("acceptance length over lossless")
+    axes.grid(alpha=0.3)
+
+
 def _spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
@@ -97,7 +131,9 @@ def main(
 ) -> None:
     """Draw what rows there are."""
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    simulated, enumerated = points(rows, "simulation"), points(rows, "law")
+    every_length, enumerated = points(rows, "simulation"), points(rows, "law")
+    shortest = min(row["num_draft"] for row, _ in every_length)
+    simulated = [point for point in every_length if point[0]["num_draft"] == shortest]
     engine = points(rows, "engine")
     figure = Figure(figsize=(13, 8.2), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 3).flatten()
@@ -141,7 +177,7 @@ def main(
         curve(axes[5], engine, "frechet_distance", "tokens_per_second", 1.0)
         _label(axes[5], "frechet_distance", "tokens_per_second")
     else:
-        axes[5].set_axis_off()
+        gains(axes[5], every_length)
     shown: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
