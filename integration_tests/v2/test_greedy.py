@@ -46,6 +46,17 @@ MORE_CONFIGURATIONS = {
         "exit_confidence": 0.5,
         **_DRAFTS,
     },
+    "early_exit, del": {
+        "method": "early_exit",
+        "exit_layer": "auto",
+        "length_control": "del",
+        **_DRAFTS,
+    },
+    "early_exit, ranked and dynamic, typical": {
+        **EARLY_EXIT,
+        "draft_vocabulary": {"file": "RANKED", "size": 8, "dynamic_tokens": 2},
+        "verifier": "typical",
+    },
     "ngram_adaptive, token": NGRAM_ADAPTIVE,
     "ngram of vLLM, token": {**NGRAM, "verifier": "lossless"},
     "draft_model of vLLM, block": {"method": "draft_model", **_DRAFTS, "verifier": BLOCK},
@@ -63,6 +74,13 @@ def as_prompts() -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 
 
+def costs_of_layers(_target: Any, passes: Any, most: int, *_: Any) -> Any:
+    """In place of `exit_timing.measure_costs`: what exits cost a large model."""
+    from vllm_spec_plugins.exit_selection import ExitCosts
+
+    return ExitCosts.from_layers(range(1, len(passes) + 1), 32, 0.0, most)
+
+
 @pytest.mark.parametrize(
     "name",
     [*CONFIGURATIONS, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_CONFIGURATIONS)],
@@ -74,8 +92,17 @@ def test_greedy_texts_are_plain_decodings(
     generate: Any,
     drafted_by: Any,
     watch: Any,
+    write_ranked: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with serve_v2({**CONFIGURATIONS, **MORE_CONFIGURATIONS}[name]) as llm:
+    # Timed on this model, drafting never pays, and `del` would not draft.
+    monkeypatch.setattr("vllm_spec_plugins.proposers.early_exit.measure_costs", costs_of_layers)
+    config = {**CONFIGURATIONS, **MORE_CONFIGURATIONS}[name]
+    if "draft_vocabulary" in config:
+        ranked = write_ranked(tmp_path / "ranked.safetensors", 16, {"all": range(3, 13)})
+        config = {**config, "draft_vocabulary": {**config["draft_vocabulary"], "file": ranked}}
+    with serve_v2(config) as llm:
         watched = watch(llm)
         assert generate(llm, as_prompts(), max_tokens=MAX_TOKENS) == plain
         [tally] = drafted_by(llm).values()
