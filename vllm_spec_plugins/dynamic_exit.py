@@ -68,7 +68,8 @@ class DynamicExit(ExitController):
             return np.zeros(0, dtype=np.int64)
         choice = self.selection.choose(request_ids, use_thresholds=self.options.use_thresholds)
         self.choose_layer(choice.layer)
-        self._thresholds.values[self._thresholds.rows(request_ids), 0] = choice.thresholds
+        rows = self._thresholds.rows(request_ids)  # may make room
+        self._thresholds.values[rows, 0] = choice.thresholds
         return choice.lengths
 
     def stop_after(
