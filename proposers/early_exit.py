@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.draft_sampling import MostLikely
     from vllm_spec_plugins.proposer import StepStates
     from vllm_spec_plugins.target_model import LayerStack, TargetModel
 
@@ -107,6 +109,8 @@ class EarlyExit(Proposer):
         super().__init__(options, context)
         self._exits = plan(options, context.facts.num_layers)
         self._draws = options.draft_sample_method == "probabilistic"
+        #: Whether every token of the round is the most likely one.
+        self._all_chosen = False
         self._laws = DraftLaws()
         self._steps = 0
         #: One for each exit that can be chosen; tokens choose among `exit_layers` themselves.
@@ -168,7 +172,7 @@ class EarlyExit(Proposer):
             bounds = zip((0, *exits.layers[:-1]), exits.layers, strict=True)
             stacks = [self._stack(start, stop) for start, stop in bounds]
             sure = [options.exit_confidence] * (len(stacks) - 1)
-            self._passes = {exits.layers[0]: DeepeningExits(target, stacks, sure, self._read)}
+            self._passes = {exits.layers[0]: DeepeningExits(target, stacks, sure, self._logits)}
         elif options.adapter is not None:
             self._adapter = ExitAdapter(options.adapter, target)
             stack = self._stack(0, exits.layers[0])
@@ -189,11 +193,19 @@ class EarlyExit(Proposer):
             skip_ffn=options.skip_ffn,
         )
 
-    def _read(self, hidden: Tensor, requests: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+    def _logits(self, hidden: Tensor, requests: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """The head: whole, or the rows of the draft vocabulary."""
         if self._draft_head is None:
             return self._target.head.logits(hidden), None
         return self._draft_head.logits(hidden, requests)
+
+    def _read(
+        self, hidden: Tensor, requests: NDArray[np.int64]
+    ) -> tuple[Tensor | MostLikely, Tensor | None]:
+        """The same, or what of it is needed where the round's tokens are all choices."""
+        if self._draft_head is None:
+            return self._target.head.logits(hidden), None
+        return self._draft_head.read(hidden, requests, all_chosen=self._all_chosen)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -209,10 +221,13 @@ class EarlyExit(Proposer):
             )
             half = torch.full((size, 1), 0.5, dtype=torch.float64, device=device)
             draws = Draws.of(np.full(size, 0.5, dtype=np.float32), half)
-            for run in self._passes.values():
+            # A draft head is read in another way where all tokens are choices.
+            ways = [draws] if self._draft_head is None else [None, draws]
+            for run, way in product(self._passes.values(), ways):
+                self._all_chosen = way is None
                 run.begin(size)
                 logits, vocabulary = run(step)
-                drawn = draw(logits, draws, 0, wants_confidences=True)
+                drawn = draw(logits, way, 0, wants_confidences=True)
                 token_ids_of(drawn.columns, vocabulary)
         if chooses(self.options) or self.context.chooses_exits:
             layers, passes = list(self._passes), list(self._passes.values())
@@ -288,6 +303,7 @@ class EarlyExit(Proposer):
         control = batch.length_control
         asks = Signals.CONFIDENCES in control.needs
         draws = self._draws_of(batch, requests, width)
+        self._all_chosen = draws is None
 
         table = torch.full((len(batch.request_ids), width), -1, dtype=torch.int64, device=device)
         self._laws.begin(len(batch.request_ids), width)

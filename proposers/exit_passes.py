@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from vllm_spec_plugins.draft_sampling import MostLikely
     from vllm_spec_plugins.target_model import LayerStack, PagedSequences, TargetModel
 
     from .exit_adapter import ExitAdapter
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 #: Normed hidden states `[T, H]` and the request of each row to logits `[T, M]` and their
 #: vocabulary (None = whole).
 ReadLogits = Callable[["Tensor", "NDArray[np.int64]"], "tuple[Tensor, Tensor | None]"]
+#: The same where the most likely columns may be all that is read of the logits.
+ReadHead = Callable[["Tensor", "NDArray[np.int64]"], "tuple[Tensor | MostLikely, Tensor | None]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,8 @@ class ExitPass(Protocol):
         """A new round of drafts for so many requests."""
         ...
 
-    def __call__(self, step: DraftStep) -> tuple[Tensor, Tensor | None]:
-        """`[R, M]` float32 logits and the vocabulary of their columns."""
+    def __call__(self, step: DraftStep) -> tuple[Tensor | MostLikely, Tensor | None]:
+        """`[R, M]` float32 logits, or their best columns, and the vocabulary of columns."""
         ...
 
 
@@ -67,13 +70,13 @@ class SingleExit:
         read: The head.
     """
 
-    def __init__(self, target: TargetModel, stack: LayerStack, read: ReadLogits) -> None:
+    def __init__(self, target: TargetModel, stack: LayerStack, read: ReadHead) -> None:
         self._target, self._stack, self._read = target, stack, read
 
     def begin(self, num_requests: int) -> None:
         del num_requests
 
-    def __call__(self, step: DraftStep) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, step: DraftStep) -> tuple[Tensor | MostLikely, Tensor | None]:
         with step.sequences.step(step.positions):
             state = self._stack(self._target.embed(step.token_ids), step.positions)
         return self._read(self._target.final_norm(state), step.requests)
@@ -90,14 +93,14 @@ class AdaptedExit:
     """
 
     def __init__(
-        self, target: TargetModel, stack: LayerStack, adapter: ExitAdapter, read: ReadLogits
+        self, target: TargetModel, stack: LayerStack, adapter: ExitAdapter, read: ReadHead
     ) -> None:
         self._target, self._stack, self._adapter, self._read = target, stack, adapter, read
 
     def begin(self, num_requests: int) -> None:
         del num_requests
 
-    def __call__(self, step: DraftStep) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, step: DraftStep) -> tuple[Tensor | MostLikely, Tensor | None]:
         with step.sequences.step(step.positions):
             state = self._stack(self._target.embed(step.token_ids), step.positions)
             normed = self._adapter.forward(state.merged, step.positions)

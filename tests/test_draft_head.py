@@ -49,6 +49,9 @@ class TorchHead:
             logits = logits + bias
         return 30 * torch.tanh(logits * 0.5 / 30)
 
+    def most_likely_row(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        del hidden, weight, bias
+
 
 def write(path: Path, **lists: Sequence[int]) -> str:
     """A file whose lists rank the given tokens in the given order."""

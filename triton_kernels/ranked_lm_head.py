@@ -29,6 +29,9 @@ MAX_ROWS = 64
 #: Most columns of each row.
 MAX_COLUMNS = 16
 
+#: Types the kernel multiplies.
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 #: Random numbers of a position up to here are the verifiers' and proposers' own.
 _FIRST_INDEX = 1 << 32
 
@@ -86,6 +89,16 @@ class HeadShape:
     stages: int = 4
 
 
+def has_fused_head(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `ranked_lm_head` takes these, and to its kernel rather than the reference."""
+    return (
+        use_triton(hidden)
+        and hidden.dtype in _TYPES
+        and weight.ndim == 2
+        and 0 < len(hidden) <= MAX_ROWS
+    )
+
+
 def ranked_lm_head(
     hidden: Tensor,
     weight: Tensor,
@@ -95,6 +108,7 @@ def ranked_lm_head(
     num_columns: int = 1,
     scale: float = 1.0,
     soft_cap: float | None = None,
+    rounded: bool = False,
     keep_logits: bool = False,
     shape: HeadShape | None = None,
 ) -> HeadChoice:
@@ -108,6 +122,8 @@ def ranked_lm_head(
         num_columns: k, at most 16.
         scale: Factor on every logit.
         soft_cap: c: every scaled logit becomes c tanh(logit / c); None: as it is.
+        rounded: Whether logits, before scale and cap, are rounded to the type of `hidden`, as a
+            matrix product writes them: the same ties, and so the same choices.
         keep_logits: Whether `HeadChoice.all_logits` is written.
         shape: How the work is cut; None chooses.
 
@@ -118,10 +134,10 @@ def ranked_lm_head(
     if not use_triton(hidden):
         return ranked_lm_head_reference(
             hidden, weight, bias, noise=noise, num_columns=num_columns, scale=scale,
-            soft_cap=soft_cap, keep_logits=keep_logits,
+            soft_cap=soft_cap, rounded=rounded, keep_logits=keep_logits,
         )  # fmt: skip
     return _launch(
-        hidden, weight, bias, noise, num_columns, scale, soft_cap, keep_logits,
+        hidden, weight, bias, noise, num_columns, scale, soft_cap, rounded, keep_logits,
         shape or _shape(hidden),
     )  # fmt: skip
 
@@ -154,13 +170,17 @@ def ranked_lm_head_reference(
     num_columns: int = 1,
     scale: float = 1.0,
     soft_cap: float | None = None,
+    rounded: bool = False,
     keep_logits: bool = False,
 ) -> HeadChoice:
     """The same in PyTorch, on any device; in float64 where `hidden` is. See `ranked_lm_head`."""
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = hidden.to(compute) @ weight.to(compute).T * scale  # [T, M]
+    logits = hidden.to(compute) @ weight.to(compute).T  # [T, M]
     if bias is not None:
-        logits += bias.to(compute) * scale
+        logits += bias.to(compute)
+    if rounded:
+        logits = logits.to(hidden.dtype).to(compute)
+    logits *= scale
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     score = logits
@@ -244,6 +264,7 @@ def _block_kernel(
     hidden_size,
     NUM_COLUMNS: tl.constexpr,
     CAPPED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -275,11 +296,16 @@ def _block_kernel(
             w = w.to(tl.float32)
             h = h.to(tl.float32)
         logits = tl.dot(h, tl.trans(w), logits, input_precision="ieee")
-    logits = logits * scale
     if bias_ptr is not None:
-        logits += (tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32) * scale)[
-            None, :
-        ]
+        logits += tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if ROUNDED:
+        if UPCAST and hidden_ptr.dtype.element_ty == tl.bfloat16:  # there it cuts off
+            bits = logits.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            logits = bits.to(tl.float32, bitcast=True)
+        else:
+            logits = logits.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+    logits = logits * scale
     if CAPPED:
         logits = soft_cap * _tanh(logits / soft_cap)
     score = logits
@@ -374,6 +400,7 @@ def _launch(
     num_columns: int,
     scale: float,
     soft_cap: float | None,
+    rounded: bool,
     keep_logits: bool,
     shape: HeadShape,
 ) -> HeadChoice:
@@ -417,6 +444,7 @@ def _launch(
         size,
         NUM_COLUMNS=num_columns,
         CAPPED=soft_cap is not None,
+        ROUNDED=rounded,
         ROWS=max(16, triton.next_power_of_2(rows)),
         COLUMNS=shape.columns,
         DEPTH=shape.depth,

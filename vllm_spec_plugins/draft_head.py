@@ -23,14 +23,15 @@ from .draft_vocabulary import DraftVocabularyOptions, RankedVocabulary
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .draft_sampling import MostLikely
     from .target_model import LanguageModelHead
 
 
 class DraftHead:
     """Logits over a ranked vocabulary, and over each request's dynamic tokens.
 
-    Its life: `begin` once per drafting round, `logits` once per draft step, `finish` when
-    requests go.
+    Its life: `begin` once per drafting round, `read` (or `logits`) once per draft step, `finish`
+    when requests go.
     """
 
     @torch.no_grad()
@@ -129,6 +130,27 @@ class DraftHead:
             torch.cat([logits, dynamic_logits], dim=1),
             torch.cat([vocabulary, dynamic_ids], dim=1),
         )
+
+    @torch.no_grad()
+    def read(
+        self, hidden: Tensor, requests: Tensor | NDArray[np.int64], *, all_chosen: bool
+    ) -> tuple[Tensor | MostLikely, Tensor]:
+        """What one draft step needs of its logits.
+
+        Args:
+            hidden: See `logits`.
+            requests: See `logits`.
+            all_chosen: Whether every token is the most likely one: over one list, and on a GPU,
+                the head is then read without writing logits.
+
+        Returns:
+            Logits, or of each row the most likely column; and token ids of columns, see `logits`.
+        """
+        if all_chosen and self._choice is None and self._dynamic is None:
+            best = self._head.most_likely_row(hidden, *self._rows[0])
+            if best is not None:
+                return best, self._padded[0]
+        return self.logits(hidden, requests)
 
     def _logits_by_list(self, hidden: Tensor, chosen: NDArray[np.int64]) -> Tensor:
         """`[T, M]` where row t is over list `chosen[t]`, -inf past its end."""

@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .draft_probabilities import DraftProbabilities
+from .triton_kernels.ranked_lm_head import (  # pyright: ignore[reportMissingImports]
+    has_fused_head,
+    ranked_lm_head,
+)
 from .verifier import sample_weights
 from .vocabulary_passes import first_argmax, log_normaliser
 
@@ -29,6 +33,19 @@ class Drawn:
     confidences: Tensor | None
     probabilities: Tensor | None
     sampled: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class MostLikely:
+    """All that is read of R rows of logits where every token is a choice.
+
+    Attributes:
+        columns: `[R]` int64, the most likely column of each row; of equals the first.
+        probabilities: `[R]` float32, its probability.
+    """
+
+    columns: Tensor
+    probabilities: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +82,22 @@ class Draws:
         return Draws(scale, self.sampled[rows], self.all_sampled, self.uniforms[rows])
 
 
-def draw(logits: Tensor, draws: Draws | None, index: int, wants_confidences: bool = False) -> Drawn:
+def draw(
+    logits: Tensor | MostLikely, draws: Draws | None, index: int, wants_confidences: bool = False
+) -> Drawn:
     """Draw, or choose where the temperature is 0.
 
     Args:
-        logits: `[R, M]` float32, changed in place. -inf = cannot be drafted.
+        logits: `[R, M]` float32, changed in place. -inf = cannot be drafted. Where `draws` is None
+            also what a fused head keeps of them.
         draws: None: the most likely token everywhere.
         index: Which token of the round, 0 for the first.
         wants_confidences: Whether `Drawn.confidences` is read.
     """
+    if isinstance(logits, MostLikely):
+        assert draws is None
+        confidences = logits.probabilities if wants_confidences else None
+        return Drawn(logits.columns, confidences, None, None)
     if draws is None:
         columns, confidences = first_argmax(logits), None
         if wants_confidences:
@@ -91,6 +115,33 @@ def draw(logits: Tensor, draws: Draws | None, index: int, wants_confidences: boo
     if wants_confidences:
         confidences = probabilities.gather(1, columns.unsqueeze(1)).squeeze(1)
     return Drawn(columns, confidences, probabilities, draws.sampled)
+
+
+def most_likely_column(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None
+) -> MostLikely | None:
+    """The first of the largest logits of each row, in the kernel that writes no logits.
+
+    It chooses what `draw` chooses from logits of the type of `hidden`, which share its ties.
+
+    Args:
+        hidden: `[R, H]`.
+        weight: `[M, H]`, of the same type.
+        bias: `[M]` or None.
+        scale: Factor on logits, above 0, applied last.
+        soft_cap: c: a logit becomes c tanh(logit / c) before that; None: as it is.
+
+    Returns:
+        None where the kernel does not run: on the CPU, or for more rows than it takes.
+    """
+    if not has_fused_head(hidden, weight):
+        return None
+    # The kernel scales first and caps then.
+    cap = None if soft_cap is None else soft_cap * scale
+    choice = ranked_lm_head(hidden, weight, bias, scale=scale, soft_cap=cap, rounded=True)
+    # A row without a number in it has no column: any is as good.
+    columns = choice.columns[:, 0].clamp(min=0)
+    return MostLikely(columns, (choice.logits[:, 0] - choice.log_normaliser).exp())
 
 
 def token_ids_of(columns: Tensor, vocabulary: Tensor | None) -> Tensor:

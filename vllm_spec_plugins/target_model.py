@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from .draft_sampling import MostLikely
+
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
@@ -136,6 +138,21 @@ class LanguageModelHead(Protocol):
 
         Returns:
             `[T, M]`.
+        """
+        ...
+
+    def most_likely_row(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> MostLikely | None:
+        """The first of the largest `row_logits`, where a kernel finds it without writing them.
+
+        Args:
+            hidden: `[T, H]`.
+            weight: `[M, H]`.
+            bias: `[M]` or None.
+
+        Returns:
+            None where there is no such kernel: on the CPU, for too many rows.
         """
         ...
 

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from vllm_spec_plugins.draft_sampling import MostLikely, most_likely_column
 from vllm_spec_plugins.errors import ConfigError
 
 #: Fewer hidden states than this are multiplied faster without preparation.
@@ -133,6 +134,22 @@ class EngineHead:
         if processor.soft_cap is not None:
             logits = torch.tanh(logits / processor.soft_cap) * processor.soft_cap
         return logits if processor.scale == 1.0 else logits * processor.scale
+
+    def most_likely_row(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> MostLikely | None:
+        """The first of the largest `row_logits`, `[T]`; None where no kernel finds it alone.
+
+        Args:
+            hidden: `[T, H]`.
+            weight: `[M, H]`.
+            bias: `[M]` or None.
+        """
+        assert self._projection is not None
+        processor = self._projection.processor
+        return most_likely_column(
+            hidden.to(weight.dtype), weight, bias, processor.scale, processor.soft_cap
+        )
 
     def _linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[T, M]`; on the CPU several rows go through vLLM's own product of prepared weights."""

@@ -159,7 +159,9 @@ class RankedDrafter:
         """Replaces the drafter's `_sample_draft_tokens`: `[R]` tokens and `[R, M]` their law."""
         del sampling_metadata
         assert self._head is not None
-        logits, self._vocabulary = self._head.logits(hidden_states, self._everyone)
+        logits, self._vocabulary = self._head.read(
+            hidden_states, self._everyone, all_chosen=self._round is None
+        )
         drawn = draw(logits, self._round, self._index)
         self._index += 1
         return token_ids_of(drawn.columns, self._vocabulary), drawn.probabilities

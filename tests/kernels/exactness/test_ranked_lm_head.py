@@ -63,8 +63,9 @@ def assert_same(found: HeadChoice, expected: HeadChoice) -> None:
         (5, 130, 100, {"num_columns": 4, "keep_logits": True}),
         (17, 192, 64, {"soft_cap": 8.0, "scale": 0.5}),
         (64, 65, 64, {"num_columns": 2}),
+        (33, 300, 128, {"rounded": True, "scale": 2.0}),
     ],
-    ids=["one_row", "top_4", "capped", "64_rows"],
+    ids=["one_row", "top_4", "capped", "64_rows", "rounded"],
 )
 @pytest.mark.parametrize("drawn", [False, True], ids=["best", "drawn"])
 def test_chooses_alike(

@@ -24,7 +24,7 @@ def noise(rows: int) -> Noise:
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     weight = meta(RANKED, HIDDEN)
-    yield "best_of_8_rows", lambda: ranked_lm_head(meta(8, HIDDEN), weight)
+    yield "best_of_8_rows", lambda: ranked_lm_head(meta(8, HIDDEN), weight, rounded=True)
     yield (
         "drawn_64_rows",
         lambda: ranked_lm_head(meta(64, HIDDEN), weight, noise=noise(64), keep_logits=True),
