@@ -84,6 +84,7 @@ def settings(num_draft: int) -> list[Setting]:
             ("gsd", {"group_size": 2}),
             ("annealed", {"factor": 2.0, "decay": 1.6 / num_draft}),
             ("gsd", {"group_size": 3}),
+            *(("clusters", {"num_neighbours": NEIGHBOURS, "cluster_size": g}) for g in (16, 8, 24)),
         ]
         return [
             Setting("lossless"),

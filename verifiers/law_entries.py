@@ -1,4 +1,4 @@
-"""A few entries of target and draft laws, without a pass over the vocabulary."""
+"""Entries of target and draft laws: a few without a pass over the vocabulary, or all."""
 
 from __future__ import annotations
 
@@ -47,3 +47,14 @@ def draft_entries(batch: VerifyInput, rows: Tensor, columns: Tensor) -> Tensor:
     if law.sampled is not None:
         q = torch.where(law.sampled[rows].unsqueeze(1), q, one_hot.to(q.dtype))
     return q.to(batch.target_logits.dtype)
+
+
+def draft_laws(batch: VerifyInput, rows: Tensor) -> Tensor:
+    """`[M, V]` q of some rows; one-hot where nothing was drawn, all 0 at placeholders."""
+    ids = batch.draft_token_ids[rows]
+    if batch.draft_probabilities is not None:
+        q = batch.draft_probabilities.dense(rows, ids, batch.target_logits.shape[1])
+        return q.to(batch.target_logits.dtype)
+    q = batch.target_logits.new_zeros(len(rows), batch.target_logits.shape[1])
+    chosen = (ids >= 0).to(q.dtype).unsqueeze(1)
+    return q.scatter_(1, ids.clamp(min=0).unsqueeze(1), chosen)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.verifier import VerifyInput
 
-from .law_entries import target_entries
+from .law_entries import draft_laws, target_entries
 
 
 def borrowed_mass(
@@ -55,15 +55,10 @@ def published_residual(
     left = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
     ids = batch.draft_token_ids[rows]
     used = (neighbours >= 0) & (borrowed > 0).unsqueeze(1)
-    if batch.draft_probabilities is None:
-        q = torch.zeros_like(left)
-        q.scatter_(1, ids.clamp(min=0).unsqueeze(1), (ids >= 0).to(q.dtype).unsqueeze(1))
-        deterministic = torch.ones_like(ids, dtype=torch.bool)
-    else:
-        q = batch.draft_probabilities.dense(rows, ids, left.shape[1]).to(left.dtype)
-        deterministic = torch.zeros_like(ids, dtype=torch.bool)
-        if batch.draft_probabilities.sampled is not None:
-            deterministic = ~batch.draft_probabilities.sampled[rows]
+    q, law = draft_laws(batch, rows), batch.draft_probabilities
+    deterministic = torch.full_like(ids, law is None, dtype=torch.bool)
+    if law is not None and law.sampled is not None:
+        deterministic = ~law.sampled[rows]
     # At neighbours: nothing is subtracted after a draw, everything (p <= 1) after a choice.
     values = deterministic.to(q.dtype).unsqueeze(1).expand_as(neighbours)
     # Unused entries go to a column of their own.

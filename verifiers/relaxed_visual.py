@@ -1,8 +1,8 @@
 """`relaxed_visual`: accept image tokens that look like, or are as likely as, what the target wants.
 
 The law of an image token is flat: many codes would do, and exact verification rejects most
-drafts over differences nobody sees. Four published rules let more of them stand, only for ids
-inside `image_token_range`; every other id is verified exactly:
+drafts over differences nobody sees. Four published rules and one of ours let more of them stand,
+only for ids inside `image_token_range`; every other id is verified exactly:
 
     lantern    LANTERN, Jang et al. 2410.03355: a code borrows the probability of its nearest
                codes, up to `budget` (`neighbour_mass`)
@@ -11,11 +11,13 @@ inside `image_token_range`; every other id is verified exactly:
                are verified as a group (`probability_groups`)
     annealed   Cool-SD: accept with w p/q, w = `factor` exp(-`decay` i) at draft position i,
                never below 1
+    clusters   ours: which cluster of near-identical codes is written keeps the target's law,
+               which code of the cluster does not (`code_clusters`)
 
-All four accept at least min(1, p/q), so the residual norm([p - q]+) is the best there is, and
-the extra acceptance this verifier counts is the distance to the target's law at that position.
-None of them bounds it: `budget` limits what one draft token borrows, and the output's law moves
-by the sum over the tokens that could have been drafted.
+All five accept at least min(1, p/q), so the residual norm([p - q]+) is the best there is (that of
+`clusters` is as good), and the extra acceptance this verifier counts is the distance to the
+target's law at that position. None of them bounds it: `budget` limits what one draft token
+borrows, and the output's law moves by the sum over the tokens that could have been drafted.
 
 `residual: published` draws what the authors' code draws, for comparison: it is further from
 the target at the same acceptance, and the price counted is then a lower limit.
@@ -40,6 +42,7 @@ from vllm_spec_plugins.verifier import (
     token_acceptance,
 )
 
+from .code_clusters import CodeClusters
 from .law_entries import target_entries
 from .neighbour_mass import borrowed_mass, published_residual
 from .probability_groups import group_acceptance, group_of
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class RelaxedVisualOptions(RelaxedOptions):
-    rule: Literal["lantern", "lantern++", "gsd", "annealed"] = Field(
+    rule: Literal["lantern", "lantern++", "gsd", "annealed", "clusters"] = Field(
         description="Which tokens stand beyond the exact ones."
     )
     image_token_range: tuple[int, int] | None = Field(
@@ -65,13 +68,13 @@ class RelaxedVisualOptions(RelaxedOptions):
     )
     neighbours: str | None = Field(
         None,
-        description="lantern, lantern++: table of `vllm-spec calibrate codebook`.",
+        description="lantern, lantern++, clusters: table of `vllm-spec calibrate codebook`.",
     )
     num_neighbours: int | None = Field(
         None,
         ge=0,
         description="lantern, lantern++: how many of the table's neighbours a token may borrow "
-        "from. Absent: all.",
+        "from; clusters: may share a cluster with. Absent: all.",
     )
     budget: float | None = Field(
         None, ge=0, le=1, description="lantern: most probability a token borrows. Absent: 0.1."
@@ -100,14 +103,18 @@ class RelaxedVisualOptions(RelaxedOptions):
         description="gsd: largest difference in the target's probability to the draft token "
         "within its group. Absent: 0.15.",
     )
+    cluster_size: int | None = Field(
+        None, ge=2, description="clusters: most codes of a cluster. Absent: 16."
+    )
 
 
-#: Options of each rule, with their defaults from the papers.
+#: Options of each rule, with their defaults; of published rules from the papers.
 _OF_RULE: dict[str, dict[str, float | None]] = {
     "lantern": {"neighbours": None, "num_neighbours": None, "budget": 0.1},
     "lantern++": {"neighbours": None, "num_neighbours": None, "factor": 5.0},
     "gsd": {"group_size": 14, "max_probability_difference": 0.15},
     "annealed": {"factor": 1.5, "decay": 0.7},
+    "clusters": {"neighbours": None, "num_neighbours": None, "cluster_size": 16},
 }
 
 
@@ -123,9 +130,15 @@ class RelaxedVisual(RelaxedRule):
             "relaxed_visual", options.image_token_range, context.facts
         )
         self._neighbours: Tensor | None = None
-        if options.neighbours is not None:
-            _, table = read_neighbours(options.neighbours)
-            table = table[:, : options.num_neighbours]
+        self._clusters: CodeClusters | None = None
+        if options.neighbours is None:
+            return
+        _, table = read_neighbours(options.neighbours)
+        table = table[:, : options.num_neighbours]
+        if options.rule == "clusters":
+            size = int(self._setting("cluster_size"))
+            self._clusters = CodeClusters.gather(table, size, self._first).to(context.device)
+        else:
             #: `[C, k]` int32 token ids, -1: none.
             self._neighbours = torch.where(
                 table < len(table), table + self._first, table.new_full((), -1)
@@ -163,32 +176,44 @@ class RelaxedVisual(RelaxedRule):
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """Under lantern and lantern++: accepted if what it and its neighbours have is the most.
 
-        The other rules are defined for sampling alone: greedy requests match exactly.
+        Under clusters: if the most likely token is in its cluster. The other rules are defined
+        for sampling alone: greedy requests match exactly.
         """
         stands = torch.zeros_like(rows, dtype=torch.bool)
-        if self._neighbours is None:
-            return stands
         inside = self._is_image(batch.draft_token_ids[rows]).nonzero().squeeze(1)
         image_rows = rows[inside]
+        if self._clusters is not None:
+            return stands.index_copy(0, inside, self._clusters.greedy_acceptance(batch, image_rows))
+        if self._neighbours is None:
+            return stands
         own = batch.draft_token_probability[image_rows]
         most_likely = batch.greedy_token_ids[image_rows].unsqueeze(1)
         best = target_entries(batch, image_rows, most_likely).squeeze(1)
         return stands.index_copy(0, inside, own + self._borrowed(batch, image_rows) >= best)
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        if self._neighbours is None or self.options.residual == "ours":
+        published = self._neighbours is not None and self.options.residual == "published"
+        if not published and self._clusters is None:
             return super().residual(batch, rows)
-        weights = residual_weights(batch, rows)
-        relaxed = self._is_image(batch.draft_token_ids[rows])
+        relaxed = torch.ones_like(rows, dtype=torch.bool)
+        if published:
+            relaxed &= self._is_image(batch.draft_token_ids[rows])
         exact = self.exact_requests(batch)
         if exact is not None:
             relaxed &= ~exact[batch.request_of[rows]]
         which = relaxed.nonzero().squeeze(1)
-        chosen = rows[which]
-        published = published_residual(
-            batch, chosen, self._neighbours_of(batch, chosen), self._borrowed(batch, chosen)
+        weights = self._own_residual(batch, rows[which])
+        if len(which) == len(rows):
+            return weights
+        return residual_weights(batch, rows).index_copy(0, which, weights)
+
+    def _own_residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M, V]` weights after a rejection where the rule does not draw from [p - q]+."""
+        if self._clusters is not None:
+            return self._clusters.residual(batch, rows)
+        return published_residual(
+            batch, rows, self._neighbours_of(batch, rows), self._borrowed(batch, rows)
         )
-        return weights.index_copy(0, which, published)
 
     def _of_image_rows(self, batch: VerifyInput, rows: Tensor, exact: Tensor) -> Tensor:
         """`[M]` acceptance of draft tokens in the image range. `exact`: min(1, p/q) of them."""
@@ -203,6 +228,8 @@ class RelaxedVisual(RelaxedRule):
             )
             accept = group_acceptance(batch, rows, groups)
             return accept if self.options.residual == "published" else torch.maximum(accept, exact)
+        if self._clusters is not None:
+            return self._clusters.acceptance(batch, rows, exact)
         q = batch.draft_law_of_token[rows].to(exact.dtype)
         if rule == "annealed":
             place = batch.index_in_draft[rows].to(exact.dtype)
@@ -247,8 +274,10 @@ def _refuse_options_of_others(options: RelaxedVisualOptions) -> None:
             f'relaxed_visual: "{given[0]}" is no option of the rule "{options.rule}". '
             f"It takes {listed(own)}."
         )
-    if options.rule == "annealed" and options.residual == "published":
-        raise ConfigError(
-            'relaxed_visual: "annealed" is published with the residual that is "ours" here. '
-            'Remove "residual".'
+    if options.rule in ("annealed", "clusters") and options.residual == "published":
+        why = (
+            'is published with the residual that is "ours" here'
+            if options.rule == "annealed"
+            else "has one residual, ours"
         )
+        raise ConfigError(f'relaxed_visual: "{options.rule}" {why}. Remove "residual".')
