@@ -31,6 +31,8 @@ from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
 
+from ..triton_kernels.relaxations import Judge as Verdicts  # noqa: TID252
+
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import EngineContext, ModelFacts
 
@@ -102,6 +104,13 @@ class Judge(RelaxedRule):
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         return self.judged(batch)[rows]
+
+    def relaxation(self, batch: VerifyInput) -> tuple[None, Verdicts]:
+        """The kernel accepts what is judged, and works out the exact rule itself."""
+        stands, exact = self.judged(batch), self.exact_requests(batch)
+        if exact is not None:
+            stands = stands & ~exact[batch.request_of]
+        return None, Verdicts(stands.float(), threshold=1.0)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         super().finish(request_ids)

@@ -42,6 +42,7 @@ from vllm_spec_plugins.verifier import (
     token_acceptance,
 )
 
+from ..triton_kernels.relaxations import Judge, NeighbourSum, Relaxation  # noqa: TID252
 from .code_clusters import CodeClusters
 from .law_entries import target_entries
 from .neighbour_mass import borrowed_mass, published_residual
@@ -214,6 +215,23 @@ class RelaxedVisual(RelaxedRule):
         return published_residual(
             batch, rows, self._neighbours_of(batch, rows), self._borrowed(batch, rows)
         )
+
+    @property
+    def draws_exact_residual(self) -> bool:
+        published = self._neighbours is not None and self.options.residual == "published"
+        return not published and self.options.rule in ("lantern", "lantern++", "gsd", "annealed")
+
+    def relaxation(self, batch: VerifyInput) -> tuple[Relaxation | None, Judge | None]:
+        """lantern, lantern++: the kernel sums neighbours, where all draw and none is exact."""
+        table = self._neighbours
+        if table is None or not table.numel() or batch.any_greedy:
+            return super().relaxation(batch)
+        if self.exact_requests(batch) is not None:
+            return super().relaxation(batch)
+        if self.options.rule == "lantern":
+            return NeighbourSum(table, self._first, self._setting("budget")), None
+        budget = self._setting("factor") - 1
+        return NeighbourSum(table, self._first, budget, multiplicative=True), None
 
     def _of_image_rows(self, batch: VerifyInput, rows: Tensor, exact: Tensor) -> Tensor:
         """`[M]` acceptance of draft tokens in the image range. `exact`: min(1, p/q) of them."""

@@ -17,6 +17,15 @@ from pydantic import Field
 from torch import Tensor
 
 from .request_table import RequestTable
+from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
+    GivenAcceptance,
+    Judge,
+    Relaxation,
+)
+from .triton_kernels.verify_fused import (  # pyright: ignore[reportMissingImports]
+    can_verify_fused,
+    verify_fused,
+)
 from .verifier import (
     AcceptanceRule,
     Guarantee,
@@ -130,9 +139,38 @@ class RelaxedRule(AcceptanceRule):
         return accept.masked_fill(exact[batch.request_of[rows]].unsqueeze(1), 1.0)
 
     def verify(self, batch: VerifyInput) -> Verification:
-        verification = super().verify(batch)
+        if self.draws_exact_residual and can_verify_fused(batch):
+            relaxation, judge = self.relaxation(batch)
+            verification = verify_fused(batch, relaxation=relaxation, judge=judge)
+        else:
+            verification = super().verify(batch)
         self.pay(batch, verification)
         return verification
+
+    @property
+    def draws_exact_residual(self) -> bool:
+        """Whether the token after a rejection comes from norm([p - q]+), the one of the kernel."""
+        kind = type(self)
+        over_vocabulary = kind.relaxed_acceptance_over_vocabulary
+        return (
+            over_vocabulary is RelaxedRule.relaxed_acceptance_over_vocabulary
+            and kind.acceptance_over_vocabulary is RelaxedRule.acceptance_over_vocabulary
+            and kind.residual is AcceptanceRule.residual
+        )
+
+    def relaxation(self, batch: VerifyInput) -> tuple[Relaxation | None, Judge | None]:
+        """What the kernel is told of this step: the acceptance of every draft token.
+
+        For rules that it can work out itself: override.
+        """
+        if batch.all_greedy and self._matches_exactly:
+            return None, None
+        accept = self._decided_acceptance(batch)
+        if not batch.any_greedy or self._matches_exactly:
+            return GivenAcceptance(accept), None
+        # Greedy requests accept what is judged, beside their most likely tokens.
+        scores = accept.masked_fill(~batch.greedy[batch.request_of], 0)
+        return GivenAcceptance(accept), Judge(scores.float(), threshold=1.0)
 
     def pay(self, batch: VerifyInput, verification: Verification) -> None:
         """Add a step to what its requests have spent. For rules that override `verify`."""
