@@ -47,6 +47,7 @@ LOOSE: dict[str, dict[str, Any]] = {
     "lantern++": {"factor": 3.0},
     "gsd": {"group_size": 4, "max_probability_difference": 0.5},
     "annealed": {"factor": 2.0},
+    "clusters": {"cluster_size": 2},
 }
 EVERY_RULE = pytest.mark.parametrize("rule", LOOSE)
 WITH_TABLE = pytest.mark.parametrize("rule", ["lantern", "lantern++"])
@@ -77,7 +78,7 @@ def make(tmp_path: Path) -> Make:
         **options: Any,
     ) -> RelaxedVisual:
         given = {"rule": rule, "image_token_range": (first, first + codes), **LOOSE[rule]}
-        if rule.startswith("lantern"):
+        if rule == "clusters" or rule.startswith("lantern"):
             ring = [[(c + i) % codes for i in range(1, codes)] for c in range(codes)]
             given["neighbours"] = write_table(tmp_path / "n.safetensors", rows or ring)
         context = toy_context(vocab_size)
@@ -337,7 +338,7 @@ def test_duplicate_codes_share_what_they_have(make: Make, rule: str) -> None:
 @EVERY_RULE
 def test_a_request_over_its_limit_is_exact_by_either_residual(make: Make, rule: str) -> None:
     for residual in ("ours", "published"):
-        if (rule, residual) == ("annealed", "published"):
+        if rule in ("annealed", "clusters") and residual == "published":
             continue
         limited = make(rule, max_total_variation=0.0, residual=residual)
         batch, _, _ = enumerated_input([random_problem(2, num_draft=2)])
@@ -402,6 +403,7 @@ def facts(vocab_size: int = 20, codes: tuple[int, int] | None = None) -> ModelFa
         ({"rule": "lantern++", "factor": 0.9}, '"factor"'),
         ({"rule": "annealed", "decay": -1}, '"decay"'),
         ({"rule": "gsd", "group_size": 1}, '"group_size"'),
+        ({"rule": "clusters", "cluster_size": 1}, '"cluster_size"'),
         ({"rule": "gsd", "max_probability_difference": 0}, '"max_probability_difference"'),
         ({"rule": "gsd", "image_token_range": [1, 2, 3]}, '"image_token_range'),
         ({"rule": "lantern", "max_total_variation": 2}, '"max_total_variation"'),
@@ -496,6 +498,7 @@ def test_at_its_strictest_every_rule_is_lossless(make: Make) -> None:
         make("lantern++", factor=1.0),
         make("gsd", max_probability_difference=1e-12),
         make("annealed", factor=1.0),
+        make("clusters", num_neighbours=0),
     ]
     for verifier in strict:
         [law] = output_laws(verifier, [problem])
