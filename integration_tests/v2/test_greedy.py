@@ -52,6 +52,7 @@ MORE_CONFIGURATIONS = {
         "length_control": "del",
         **_DRAFTS,
     },
+    "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": {"file": "RANKED", "size": 8}},
     "early_exit, ranked and dynamic, typical": {
         **EARLY_EXIT,
         "draft_vocabulary": {"file": "RANKED", "size": 8, "dynamic_tokens": 2},
