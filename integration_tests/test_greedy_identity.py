@@ -151,7 +151,8 @@ def test_greedy_text_is_plain_decodings(
     assert watched.resumptions > 5
     assert watched.cached_prompt_tokens > 500
     assert watched.chunked_prompts > 5
-    assert tally["accepted"] > 50
+    # `del` drafts as much as its steps' times tell it to.
+    assert tally["accepted"] > (0 if config.get("length_control") == "del" else 50)
     assert tally["drafted"] - tally["accepted"] > 200
     assert_same_texts(texts, wanted, many_prompts, model, serve_offline)
 
