@@ -106,6 +106,7 @@ def taught(tokens: list[int]) -> RequestMemory:
     memory = RequestMemory(1, trigram_weights.bytes_needed)
     memory.give(0, 512)
     weights = trigram_weights.weights_at(int(memory.addresses[0]), 512)
+    trigram_weights.clear(weights)
     for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False):
         trigram_weights.reinforce(weights, a, b, c)
     return memory
