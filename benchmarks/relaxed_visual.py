@@ -80,11 +80,12 @@ def settings(num_draft: int) -> list[Setting]:
     gains more where a rejection costs more.
     """
     if num_draft > SWEPT_DRAFTS:
+        sizes = (8, 16, 24) if num_draft <= 2 * SWEPT_DRAFTS else (8,)
         mild: list[tuple[str, dict[str, Any]]] = [
             ("gsd", {"group_size": 2}),
             ("annealed", {"factor": 2.0, "decay": 1.6 / num_draft}),
             ("gsd", {"group_size": 3}),
-            *(("clusters", {"num_neighbours": NEIGHBOURS, "cluster_size": g}) for g in (16, 8, 24)),
+            *(("clusters", {"num_neighbours": NEIGHBOURS, "cluster_size": g}) for g in sizes),
         ]
         return [
             Setting("lossless"),

@@ -38,8 +38,8 @@ from vllm_spec_plugins.verifier import Verifier, VerifyInput
 #: Width of the hidden states that the judge's head reads.
 HIDDEN_SIZE = 4096
 RESULTS = Path(__file__).parent / "results" / "verify_relaxed_cpu.jsonl"
-#: Neighbours of each code in the table that LANTERN reads.
-NEIGHBOURS = {"lantern": 1000, "lantern++": 10}
+#: Neighbours of each code in the table that a rule reads.
+NEIGHBOURS = {"lantern": 1000, "lantern++": 10, "clusters": 15}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def make_rules(vocab_size: int, num_draft: int, folder: Path) -> dict[str, Verif
         "judge": ("judge", {"head": write_head(folder, vocab_size)}),
         "threshold, limited": ("threshold", {"max_total_variation": 0.05}),
     }
-    for rule in ("lantern", "lantern++", "gsd", "annealed"):
+    for rule in ("lantern", "lantern++", "gsd", "annealed", "clusters"):
         options: dict[str, Any] = {"rule": rule, "image_token_range": [codes, vocab_size]}
         if count := NEIGHBOURS.get(rule):
             path = folder / f"neighbours_{count}.safetensors"

@@ -32,6 +32,7 @@ RULES: dict[str, dict[str, Any]] = {
     "lantern++": {"factor": 4.0},
     "gsd": {"group_size": 4, "max_probability_difference": 1.0},
     "annealed": {"factor": 3.0},
+    "clusters": {"cluster_size": 4},
 }
 
 
@@ -69,7 +70,7 @@ def laws(
 
 def config_of(rule: str, draft: Path, neighbours: str) -> dict[str, Any]:
     verifier = {"name": "relaxed_visual", "rule": rule, **RULES[rule]}
-    if rule.startswith("lantern"):
+    if rule == "clusters" or rule.startswith("lantern"):
         verifier["neighbours"] = neighbours
     return {
         "method": "draft_model",
@@ -87,6 +88,7 @@ def config_of(rule: str, draft: Path, neighbours: str) -> dict[str, Any]:
         pytest.param("lantern++", marks=pytest.mark.slow),
         pytest.param("gsd", marks=pytest.mark.slow),
         pytest.param("annealed", marks=pytest.mark.slow),
+        pytest.param("clusters", marks=pytest.mark.slow),
     ],
 )
 def test_the_distance_of_the_texts_is_the_price_in_the_metrics(

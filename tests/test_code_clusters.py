@@ -317,6 +317,7 @@ def test_codes_without_neighbours_are_exact(make: Make) -> None:
         ({"residual": "published"}, '"clusters" has one residual, ours. Remove "residual"'),
         ({"budget": 0.1}, '"budget" is no option of the rule "clusters"'),
         ({"num_neighbours": 3}, "has 2 of each code"),
+        ({"cluster_size": 4}, "enough for clusters of 3"),
     ],
 )
 def test_what_does_not_go_together(make: Make, options: dict[str, Any], said: str) -> None:

@@ -165,6 +165,12 @@ class RelaxedVisual(RelaxedRule):
                 f"{options.neighbours} has {card.num_neighbours} of each code. Ask for at most "
                 "that, or make a wider table."
             )
+        if options.cluster_size is not None and options.cluster_size > card.num_neighbours + 1:
+            raise ConfigError(
+                f'relaxed_visual: "cluster_size" is {options.cluster_size}, but '
+                f"{options.neighbours} has {card.num_neighbours} neighbours of each code, enough for "
+                f"clusters of {card.num_neighbours + 1}. Ask for at most that, or make a wider table."
+            )
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         accept = token_acceptance(batch)
