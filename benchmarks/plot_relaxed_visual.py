@@ -32,6 +32,7 @@ COLOURS = {
     "lantern++": "#e3a008",
     "gsd": "#2f9e63",
     "annealed": "#5b8def",
+    "clusters": "#8e44ad",
 }
 Row = dict[str, Any]
 

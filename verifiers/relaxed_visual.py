@@ -168,8 +168,9 @@ class RelaxedVisual(RelaxedRule):
         if options.cluster_size is not None and options.cluster_size > card.num_neighbours + 1:
             raise ConfigError(
                 f'relaxed_visual: "cluster_size" is {options.cluster_size}, but '
-                f"{options.neighbours} has {card.num_neighbours} neighbours of each code, enough for "
-                f"clusters of {card.num_neighbours + 1}. Ask for at most that, or make a wider table."
+                f"{options.neighbours} has {card.num_neighbours} neighbours of each code, "
+                f"enough for clusters of {card.num_neighbours + 1}. Ask for at most that, or make a "
+                "wider table."
             )
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
