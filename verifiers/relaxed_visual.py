@@ -169,8 +169,8 @@ class RelaxedVisual(RelaxedRule):
             raise ConfigError(
                 f'relaxed_visual: "cluster_size" is {options.cluster_size}, but '
                 f"{options.neighbours} has {card.num_neighbours} neighbours of each code, "
-                f"enough for clusters of {card.num_neighbours + 1}. Ask for at most that, or make a "
-                "wider table."
+                f"enough for clusters of {card.num_neighbours + 1}. Ask for at most that, or make "
+                "a wider table."
             )
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
