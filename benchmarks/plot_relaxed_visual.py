@@ -100,6 +100,7 @@ def gains(axes: Axes, found: list[Any]) -> None:
         for row, values in ours
         if row["name"] == "lossless"
     }
+    named: set[str] = set()
     for (count, bound), marker in zip(sorted(lossless.items()), "o^sv", strict=False):
         for name, colour in COLOURS.items():
             mine = [v for row, v in ours if row["name"] == name and row["num_draft"] == count]
@@ -113,7 +114,9 @@ def gains(axes: Axes, found: list[Any]) -> None:
                     color=colour,
                     markersize=5,
                     capsize=2,
+                    label=None if name in named else name,
                 )
+                named.add(name)
         axes.plot([], [], marker, color="#202124", label=f"drafts of {count}")
     axes.axhline(1.3, color="#202124", linewidth=0.8, linestyle=":")
     axes.set_title("gain over lossless with drafts as long", fontsize=10)
