@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .context import EngineContext, ModelFacts
+    from .device_drafting import DeviceDraft, DeviceDraftInput
     from .draft_probabilities import DraftProbabilities
     from .length_control import LengthController
     from .target_model import TargetModel
@@ -208,6 +209,12 @@ class Proposer(ABC):
         return False
 
     @classmethod
+    def drafts_on_device(cls, options: ProposerOptions) -> bool:
+        """Whether it is asked by `propose_on_device`, with these options, instead of `propose`."""
+        del options
+        return False
+
+    @classmethod
     def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
         """With `Needs.LAYER_STATES`: the numbers of layers after which states are wanted."""
         del options, facts
@@ -225,6 +232,13 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, batch: DraftInput) -> Draft:
         """Draft for every request with `max_draft > 0`."""
+
+    def propose_on_device(self, batch: DeviceDraftInput) -> DeviceDraft:
+        """Draft for every request with `max_draft > 0`, without looking at a tensor's values.
+
+        Called instead of `propose` where `drafts_on_device` says so.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draft on the device.")
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests that finished, were aborted or preempted. A preempted one may return."""
