@@ -34,6 +34,7 @@ import torch
 import typer
 from provenance import provenance
 from self_speculation import PROMPT_TOKENS, held_out_prompts, make_vocabulary
+from speculation_methods import VOCABULARY
 from vllm_spec_plugins.proposers.early_exit import (  # pyright: ignore[reportMissingImports]
     EarlyExit,
     EarlyExitOptions,
@@ -166,7 +167,8 @@ def measure(
     adapter = engine.runner.spec_plugins
     variants: dict[str, EarlyExit] = {"whole": adapter.proposer}
     with tempfile.TemporaryDirectory() as place:
-        path = make_vocabulary(str(folder), Path(place))
+        make_vocabulary(str(folder), Path(place))
+        path = Path(place) / VOCABULARY
         for size in sizes:
             for dynamic in (0, 64):
                 options = EarlyExitOptions.model_validate(

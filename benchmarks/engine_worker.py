@@ -40,6 +40,7 @@ class EngineSettings:
         max_num_seqs: Most requests at once.
         prompt_tokens: Of every prompt.
         max_tokens: Most new tokens of a request.
+        prefix_caching: Whether prompts that begin alike are read once.
     """
 
     model: str
@@ -47,6 +48,7 @@ class EngineSettings:
     max_num_seqs: int
     prompt_tokens: int
     max_tokens: int
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ class Engine:
             skip_tokenizer_init=True,
             dtype="float32",
             enforce_eager=True,
-            enable_prefix_caching=False,
+            enable_prefix_caching=settings.prefix_caching,
             max_model_len=settings.prompt_tokens + settings.max_tokens + 16,
             max_num_seqs=settings.max_num_seqs,
             # All prompts of a batch in one step.
