@@ -77,6 +77,18 @@ def test_an_adapter_reads_the_keys_of_cached_prefixes(
     assert twice_accepted - accepted == accepted
 
 
+def test_nobody_drafted_for_a_prompt_that_is_cached_but_for_one_token(
+    serve: Any, generate: Any, drafted_by: Any
+) -> None:
+    """vLLM has its first step verify placeholders, as many as a draft may have at most."""
+    prompt = {"prompt_token_ids": [(7 * i) % 500 + 3 for i in range(65)]}
+    with serve({**CONFIG, "exit_layer": LAYERS}, enable_prefix_caching=True, block_size=32) as llm:
+        generate(llm, [prompt], temperature=1.0, max_tokens=3)  # a draft of one token
+        generate(llm, [prompt], temperature=1.0, max_tokens=24)
+        [tally] = drafted_by(llm).values()
+    assert tally["accepted"] == tally["drafted"] > 10
+
+
 def test_drawn_drafts_are_accepted_more_than_chosen_ones(
     serve: Any, generate: Any, drafted_by: Any, prompts: Any
 ) -> None:

@@ -104,6 +104,8 @@ class RunnerAdapter:
         self._failures = 0
         self._draft: Draft | None = None
         self._row_in_draft: dict[str, int] = {}
+        #: Requests our proposer has drafted for.
+        self._have_drafts: set[str] = set()
         self._verification: Verification | None = None
         #: What was verified in this step, for proposers that read the target's logits.
         self._verified: VerifyInput | None = None
@@ -168,6 +170,7 @@ class RunnerAdapter:
         self.length_control.finish(request_ids)
         for request_id in request_ids:
             self._row_in_draft.pop(request_id, None)
+            self._have_drafts.discard(request_id)
 
     # Verification.
 
@@ -188,7 +191,8 @@ class RunnerAdapter:
         for request_id, n in zip(request_ids, num_draft, strict=True):
             row = self._row_in_draft.get(request_id, -1)
             rows += [max(row, 0)] * n
-            columns += range(n)
+            # Another draft may have been longer than any of these.
+            columns += range(n) if row >= 0 else [0] * n
             known += [row >= 0] * n
         # Typed: a step may verify no draft token at all.
         row_index = torch.tensor(rows, dtype=torch.int64, device=device)
@@ -259,6 +263,7 @@ class RunnerAdapter:
         table[rows], counts[rows] = drafted, self._count_drafted(drafted, batch)
         self._draft = draft
         self._row_in_draft = {name: i for i, name in enumerate(batch.request_ids)}
+        self._have_drafts.update(batch.request_ids)
         return table, counts
 
     def _draft_input(self, step: VerifiedStep, rows: list[int], limit: int) -> DraftInput:
@@ -427,7 +432,9 @@ class RunnerAdapter:
         if not rows or not num_draft:
             return
         names = [ids[row] for row in rows]
-        drafted = [num_draft[row] for row in rows]
+        # Of a request whose prompt is cached but for one token, vLLM schedules placeholders.
+        nobodys = [self.proposer is not None and name not in self._have_drafts for name in names]
+        drafted = [0 if nobodys[i] else num_draft[row] for i, row in enumerate(rows)]
         emitted = [list(emitted_by[row]) for row in rows]
         # A stop token cannot shorten this: the scheduler cuts the text, not the verification.
         accepted = [len(tokens) - 1 for tokens in emitted]
