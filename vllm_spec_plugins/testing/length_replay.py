@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,7 +96,9 @@ class StepTimes:
         """From rows of `benchmarks/length_traces.py times`.
 
         A kind of step takes the lower quartile of its times: other work on the machine makes
-        steps slower and nothing makes them faster.
+        steps slower and nothing makes them faster. What is left of that is smoothed, or the best
+        fixed length would be the one whose times were least disturbed: each draft token takes
+        the same, and verification is a parabola of the draft's length.
 
         Args:
             rows: All of one engine, whose exits are those of the traces or take their places.
@@ -111,18 +112,22 @@ class StepTimes:
         verify = np.empty((len(sizes), most + 1))
         draft = np.zeros((len(sizes), len(exits), most + 1))
         noise = []
-        for (b, size), length in product(enumerate(sizes), range(most + 1)):
-            here = [r for r in steps if (r["batch"], r["length"]) == (size, length)]
-            seconds = np.concatenate([r["seconds"] for r in here])
-            verify[b, length] = np.quantile(seconds, _TYPICAL)
-            noise.append(seconds / verify[b, length])
-            if length:
-                of_exit = {r["exit_layer"]: r["drafting_seconds"] for r in here}
-                draft[b, :, length] = [np.quantile(of_exit[e], _TYPICAL) for e in exits]
+        for b, size in enumerate(sizes):
+            for length in range(most + 1):
+                here = [r for r in steps if (r["batch"], r["length"]) == (size, length)]
+                seconds = np.concatenate([r["seconds"] for r in here])
+                verify[b, length] = np.quantile(seconds, _TYPICAL)
+                noise.append(seconds / verify[b, length])
+                if length:
+                    of_exit = {r["exit_layer"]: r["drafting_seconds"] for r in here}
+                    draft[b, :, length] = [np.quantile(of_exit[e], _TYPICAL) for e in exits]
+            verify[b] = _smooth(verify[b], degree=2)
+        for row in draft.reshape(-1, most + 1):
+            row[1:] = _smooth(row[1:], degree=1)
         return cls(
             np.array(sizes, dtype=np.int64),
-            np.maximum.accumulate(verify, axis=1),
-            np.maximum.accumulate(draft, axis=2),
+            verify,
+            draft,
             np.concatenate(noise),
             np.array(passes["num_tokens"], dtype=np.int64),
             np.array(passes["seconds"]),
@@ -154,6 +159,12 @@ class StepTimes:
             at(self.verify, float(drafted.mean())),
             at(self.draft[:, exit_], float(drafted.max())),
         )
+
+
+def _smooth(seconds: NDArray[np.float64], degree: int) -> NDArray[np.float64]:
+    """Times over the number of draft tokens, as a rising polynomial."""
+    x = np.arange(len(seconds))
+    return np.maximum.accumulate(np.polynomial.Polynomial.fit(x, seconds, degree)(x))
 
 
 @dataclass(slots=True)
