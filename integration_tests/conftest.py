@@ -394,6 +394,7 @@ def acme_methods() -> Iterator[None]:
     ours = [
         EntryPoint("acme_sampled", "acme_spec_methods.sampled:Sampled", group),
         EntryPoint("acme_wrong_law", "acme_spec_methods.sampled:WrongLaw", group),
+        EntryPoint("acme_on_device", "acme_spec_methods.on_device:OnDevice", group),
     ]
 
     def with_acme(**select: str) -> list[EntryPoint]:

@@ -299,6 +299,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 PLACES = [
     (EngineArgs, "create_speculative_config"),
+    (VllmConfig, "__post_init__"),
     (VllmConfig, "num_lookahead_tokens"),
     (VllmConfig, "_get_v2_model_runner_unsupported_features"),
     (SamplingParams, "_validate_spec_decode"),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.random_numbers import Purpose
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import (
     Verification,
     VerifierOptions,
@@ -81,6 +81,10 @@ class Fly(RelaxedRule):
         """True: at the window."""
         del options
         return True
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        return keeps_no_budget(options)
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         """`[N]` acceptance of each token given those drafted after it."""

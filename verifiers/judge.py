@@ -27,7 +27,7 @@ from torch import Tensor
 from vllm_spec_plugins.errors import ConfigError, did_you_mean
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.judge_head import JudgeCard, JudgeHead
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
 
@@ -82,6 +82,12 @@ class Judge(RelaxedRule):
         JudgeCard.read(options.head).check(facts)
         recognise(JudgeHead.read(options.head), options.head, facts)
         token_ids_of(options.never_judge, facts)
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        """Not beside tool calls, which are looked for in texts on the host."""
+        assert isinstance(options, JudgeOptions)
+        return keeps_no_budget(options) and not JudgeCard.read(options.head).tool_calls
 
     def judged(self, batch: VerifyInput) -> Tensor:
         """`[N]` bool, draft tokens the head lets stand."""

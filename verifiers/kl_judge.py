@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.hookspecs import logger
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
-from vllm_spec_plugins.verifier import Guarantee, VerifyInput, token_acceptance
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput, token_acceptance
 from vllm_spec_plugins.vocabulary_passes import row_products, rows_apart
 
 
@@ -47,6 +47,10 @@ class KLJudge(RelaxedRule):
     def __init__(self, options: KLJudgeOptions, context: EngineContext) -> None:
         super().__init__(options, context)
         self._told = False
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        return keeps_no_budget(options)
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         if batch.draft_probabilities is None:

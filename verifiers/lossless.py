@@ -48,6 +48,11 @@ class Lossless(AcceptanceRule):
         assert isinstance(options, LosslessOptions)
         return options.rule == "block"
 
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        del options
+        return True
+
     def acceptance(self, batch: VerifyInput) -> Tensor:
         return token_acceptance(batch)
 

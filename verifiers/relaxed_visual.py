@@ -34,7 +34,7 @@ from torch import Tensor
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, read_neighbours
 from vllm_spec_plugins.errors import ConfigError, listed
 from vllm_spec_plugins.image_token_range import chosen_image_tokens
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import (
     VerifierOptions,
     VerifyInput,
@@ -144,6 +144,10 @@ class RelaxedVisual(RelaxedRule):
             self._neighbours = torch.where(
                 table < len(table), table + self._first, table.new_full((), -1)
             ).to(context.device)
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        return keeps_no_budget(options)
 
     @classmethod
     def check(cls, options: VerifierOptions, facts: ModelFacts) -> None:

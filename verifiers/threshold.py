@@ -16,8 +16,8 @@ import math
 from pydantic import Field
 from torch import Tensor
 
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
-from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 
 
 class ThresholdOptions(RelaxedOptions):
@@ -35,6 +35,10 @@ class Threshold(RelaxedRule):
 
     Options = ThresholdOptions
     options: ThresholdOptions
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        return keeps_no_budget(options)
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         p = batch.draft_token_probability

@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.token_spans import TokenSpans
-from vllm_spec_plugins.verifier import VerifyInput, token_acceptance
+from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
 from vllm_spec_plugins.vocabulary_passes import count_above, largest_of_rows
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ class TopKRelaxed(RelaxedRule):
                     f'top_k_relaxed: "{name}" is {token_id}, and {facts.model} has token ids '
                     f"below {facts.vocab_size}."
                 )
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        """Not between tags, which are looked for in texts on the host."""
+        assert isinstance(options, TopKRelaxedOptions)
+        return keeps_no_budget(options) and options.begin_thinking_token_id is None
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         accept = token_acceptance(batch)

@@ -15,8 +15,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
-from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 
 
 class TypicalOptions(RelaxedOptions):
@@ -36,6 +36,10 @@ class Typical(RelaxedRule):
 
     Options = TypicalOptions
     options: TypicalOptions
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        return keeps_no_budget(options)
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         # Above epsilon a token stands whatever the entropy.

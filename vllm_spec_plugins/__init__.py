@@ -33,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AcceptanceRule",
+    "DeviceDraft",
+    "DeviceDraftInput",
     "Draft",
     "DraftInput",
     "DraftProbabilities",
@@ -65,6 +67,8 @@ __all__ = [
 #: The module each name lives in.
 _HOME = {
     "AcceptanceRule": "verifier",
+    "DeviceDraft": "device_drafting",
+    "DeviceDraftInput": "device_drafting",
     "Draft": "proposer",
     "DraftInput": "proposer",
     "DraftProbabilities": "draft_probabilities",

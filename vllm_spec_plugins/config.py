@@ -21,6 +21,7 @@ from .engine_proposer import EngineProposer
 from .errors import ConfigError, PluginError, did_you_mean, listed
 from .length_control import Signals
 from .options import PluginOptions
+from .proposer import Needs
 from .registry import Kind, Registry, installed
 from .request_options import problems
 
@@ -369,6 +370,7 @@ def _check(
     """Let every plugin refuse what its option types could not."""
     _check_signals(settings, registry)
     _check_looks_ahead(settings, registry)
+    _check_device_draft(settings, registry)
     facts: ModelFacts = facts_for(rest.get("num_speculative_tokens"))
     if settings.draft_vocabulary is not None:
         draft_vocabulary.check(settings.draft_vocabulary, facts)
@@ -420,6 +422,20 @@ def _check_looks_ahead(settings: PluginSettings, registry: Registry) -> None:
                 "rejects: the text would not follow the target's law. Choose another verifier "
                 f'("{LOSSLESS}" by its token rule), or draft anew ("coupling": "none").'
             )
+
+
+def _check_device_draft(settings: PluginSettings, registry: Registry) -> None:
+    """What a proposer on the device is asked with has the token history, and nothing else."""
+    if settings.proposer is None:
+        return
+    proposer, options = settings.proposer.build(Kind.PROPOSER, registry)
+    needs: Needs = proposer.needs_for(options)
+    if proposer.drafts_on_device(options) and needs != Needs.HISTORY:
+        raise PluginError(
+            f'The proposer "{settings.proposer.name}" drafts on the device with these options and '
+            f"needs {needs.name}; `DeviceDraftInput` brings the token history only. Its author "
+            "must leave one of them out."
+        )
 
 
 def _signals_of(registry: Registry, name: str) -> Signals:

@@ -52,6 +52,11 @@ class RelaxedOptions(VerifierOptions):
     )
 
 
+def keeps_no_budget(options: VerifierOptions) -> bool:
+    """Whether nothing is remembered of what requests have paid: that is done on the host."""
+    return getattr(options, "max_total_variation", None) is None
+
+
 class RelaxedRule(AcceptanceRule):
     """A verifier that accepts more than the exact rule, token by token.
 

@@ -105,7 +105,8 @@ class VerifyInput:
         hidden_states: `[N, H]` final hidden state *at* each draft token, if asked for.
         constrained: `[R]` bool, requests whose text must follow a grammar (structured
             output); None when there are none.
-        history: Tokens before the draft, on the host; None outside an engine.
+        history: Tokens before the draft, on the host; None outside an engine, and where the
+            host does not know them yet (`Verifier.verifies_on_device`).
     """
 
     request_ids: Sequence[str]
@@ -308,6 +309,17 @@ class Verifier(ABC):
         """
         del options
         return True
+
+    @classmethod
+    def verifies_on_device(cls, options: VerifierOptions) -> bool:
+        """Whether it can decide before the host knows what the step before this one decided.
+
+        It may then read neither `VerifyInput.history`, which is None, nor anything it keeps of
+        single requests on the host. Where every verifier that a request may choose says so,
+        the engine can plan a step before the last one is verified (asynchronous scheduling).
+        """
+        del options
+        return False
 
     @abstractmethod
     def verify(self, batch: VerifyInput) -> Verification:

@@ -50,3 +50,19 @@ def serve_v2(
             yield llm
 
     return serve
+
+
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM switches asynchronous scheduling off on CPUs, last of all: what it chose is kept."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        chosen = vllm_config.scheduler_config.async_scheduling
+        original(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = chosen
+
+    kept = staticmethod(check_and_update_config)
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", kept)

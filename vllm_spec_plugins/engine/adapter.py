@@ -9,7 +9,8 @@ was accepted, and who is told, is decided here, the same for both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,12 +32,15 @@ from vllm_spec_plugins.target_rows import TargetRows
 from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
 
 from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
+from .device_asker import DeviceAsker
 from .front_end import counters_writer
 from .pass_times import pass_times
 from .requests import RequestStates
+from .transfers import to_device
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
     from .target import Target
     from .verified_step import StepTokens, VerifiedStep
@@ -53,6 +57,9 @@ class RunnerAdapter:
         verifiers: By name; empty when vLLM's own verification runs.
         metrics: What was drafted and accepted.
     """
+
+    #: Whether the runner itself keeps texts where a proposer on the device can read them.
+    keeps_texts_on_device: ClassVar[bool] = False
 
     def __init__(self, runner: Any, vllm_config: VllmConfig) -> None:
         spec = vllm_config.speculative_config
@@ -86,6 +93,7 @@ class RunnerAdapter:
         self.metrics = Metrics()
         self._observers = plugin_manager()
         self._observers.register(self.metrics, "metrics")
+        self._telling = Lock()
         self._is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
         if self._is_first_rank and (writer := counters_writer(spec, vllm_config)) is not None:
             self._observers.register(writer, "counters")
@@ -101,6 +109,10 @@ class RunnerAdapter:
             self._needs = spec.needs
             if Needs.LAYER_STATES in self._needs:
                 self._layers = tuple(sorted(set(cls.layers(options, self.context.facts))))
+        #: Asks a proposer that drafts on the device, of texts on the host.
+        self._asker: DeviceAsker | None = None
+        if self.proposer and spec.drafts_on_device and not self.keeps_texts_on_device:
+            self._asker = DeviceAsker(self.proposer, self.context)
         self._failures = 0
         self._draft: Draft | None = None
         self._row_in_draft: dict[str, int] = {}
@@ -134,8 +146,7 @@ class RunnerAdapter:
             self.proposer.warm_up()
         self.time_passes(self.length_control)
         if self._is_first_rank:
-            tell(
-                self._observers,
+            self._tell(
                 "spec_engine_ready",
                 context=self.context,
                 proposer=self.proposer_name,
@@ -150,6 +161,14 @@ class RunnerAdapter:
 
     # Request events.
 
+    def request_came(
+        self, request_id: str, params: SamplingParams | None, has_token_history: bool
+    ) -> None:
+        """A request's first step, or a new turn of a streaming session."""
+        if self._asker is not None:
+            self._asker.forget([request_id])
+        self.requests.add(request_id, params, has_token_history)
+
     def requests_gone(self, finished: Sequence[str], preempted: Sequence[str]) -> None:
         """Forget requests that finished or were aborted, and drafts of preempted ones."""
         if finished:
@@ -159,7 +178,7 @@ class RunnerAdapter:
             for request_id in finished:
                 self.requests.remove(request_id)
                 if self._is_first_rank:
-                    tell(self._observers, "spec_request_finished", request_id=request_id)
+                    self._tell("spec_request_finished", request_id=request_id)
         if preempted:
             self._forget(preempted)  # verifiers remember: what a request has paid, say
 
@@ -167,6 +186,8 @@ class RunnerAdapter:
         """What drafting remembers of requests that are gone or preempted."""
         if self.proposer is not None:
             self.proposer.finish(request_ids)
+        if self._asker is not None:
+            self._asker.forget(request_ids)
         self.length_control.finish(request_ids)
         for request_id in request_ids:
             self._row_in_draft.pop(request_id, None)
@@ -219,8 +240,8 @@ class RunnerAdapter:
             request_ids: `[R]`.
         """
         drawn = self.requests.batch(request_ids).temperatures > 0
-        rows = None if drawn.all() else torch.from_numpy(np.repeat(drawn, num_draft))
-        return DraftProbabilities(law, sampled=None if rows is None else rows.to(law.device))
+        rows = None if drawn.all() else to_device(np.repeat(drawn, num_draft), law.device)
+        return DraftProbabilities(law, sampled=rows)
 
     def verified(self, batch: VerifyInput, verification: Verification) -> None:
         """The bridge reports what it decided, and on what."""
@@ -360,7 +381,8 @@ class RunnerAdapter:
         if self._failures >= MAX_FAILURES:
             return None
         try:
-            draft = self.proposer.propose(batch)
+            propose = self.proposer.propose if self._asker is None else self._asker.propose
+            draft = propose(batch)
             drafted = self._token_ids_of(draft, batch)
         except Exception:  # noqa: BLE001 - third-party code may raise anything
             self._failed()
@@ -447,8 +469,7 @@ class RunnerAdapter:
                     np.array([accepted[i] for i in had], dtype=np.int64),
                 )
         if self._is_first_rank:
-            tell(
-                self._observers,
+            self._tell(
                 "spec_step_finished",
                 step=StepRecord(
                     proposer=self.proposer_name,
@@ -462,6 +483,11 @@ class RunnerAdapter:
                     extra_acceptance=self._extra_acceptance(rows, num_draft),
                 ),
             )
+
+    def _tell(self, hook: str, **what: object) -> None:
+        """Tell every observer; from whichever thread, never two at once."""
+        with self._telling:
+            tell(self._observers, hook, **what)
 
     def _source_of(self, names: Sequence[str]) -> NDArray[np.int8] | None:
         """`[R, K]` who drafted each token of the step's drafts."""

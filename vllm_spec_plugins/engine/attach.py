@@ -29,6 +29,10 @@ def attach(worker: Any, vllm_config: VllmConfig) -> RunnerAdapter:
 
 def _adapter_for(runner: Any, vllm_config: VllmConfig) -> RunnerAdapter:
     if vllm_config.use_v2_model_runner:
+        if vllm_config.scheduler_config.async_scheduling:
+            from .v2_async_runner import V2AsyncAdapter
+
+            return V2AsyncAdapter(runner, vllm_config)
         from .v2_runner import V2Adapter
 
         return V2Adapter(runner, vllm_config)

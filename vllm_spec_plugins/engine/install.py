@@ -57,15 +57,17 @@ def install_config_seam() -> None:
 
 
 def install_engine_seams() -> None:
-    """Lookahead slots, request options, prices of requests, the runner adapter. Idempotent."""
+    """Scheduling, lookahead slots, request options, prices, the runner adapter. Idempotent."""
     from vllm.config.vllm import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.engine.output_processor import RequestState
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    from .async_support import decided_with_us
     from .front_end import with_price
 
+    _wrap_once(VllmConfig, "__post_init__", decided_with_us)
     _wrap_once(VllmConfig, "num_lookahead_tokens", _lookahead)
     _wrap_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
     _wrap_once(SamplingParams, "_validate_spec_decode", _validate_request)

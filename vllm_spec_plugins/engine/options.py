@@ -12,6 +12,7 @@ from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.shared_counters import SharedCounters
 
+from .async_support import settle
 from .carrier import (
     PluginSpeculativeConfig,
     engine_vocabulary,
@@ -72,7 +73,7 @@ def build(
 ) -> PluginSpeculativeConfig:
     """Our config from what the user wrote. Raises `SpecPluginsError`, one message."""
     require_supported()
-    _refuse_unserved(engine_args, target_model_config, target_parallel_config)
+    _refuse_unserved(target_model_config, target_parallel_config)
 
     def facts(num_speculative_tokens: int | None) -> ModelFacts:
         return model_facts(target_model_config, target_parallel_config, num_speculative_tokens)
@@ -86,10 +87,7 @@ def build(
         )
     refuse_on_forced_v2(settings, native, engine_args)
     _announce(settings, native)
-    # The verification of drafts must be finished before the next step is planned: per-request
-    # choices decide then how many tokens each request drafts.
-    if engine_args.async_scheduling is None:
-        engine_args.async_scheduling = False
+    settle(settings, engine_args)
     replicas = target_parallel_config.data_parallel_size
     ours = PluginSpeculativeConfig(
         **native,
@@ -107,14 +105,8 @@ def build(
     return ours
 
 
-def _refuse_unserved(args: EngineArgs, model: ModelConfig, parallel: ParallelConfig) -> None:
+def _refuse_unserved(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Arrangements of the engine in which our seams would be wrong."""
-    if args.async_scheduling:
-        raise ConfigError(
-            "Asynchronous scheduling plans a step before the last one is verified; proposers and "
-            "verifiers from plugins are served without it, on both model runners. "
-            "Remove --async-scheduling."
-        )
     if parallel.pipeline_parallel_size > 1:
         raise UnsupportedEngineError(
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: proposers and verifiers "

@@ -143,6 +143,9 @@ class RequestStates:
     def __len__(self) -> int:
         return len(self._states)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._states
+
     def add(self, request_id: str, params: SamplingParams | None, has_token_history: bool) -> None:
         """A request's first step, or a new turn of a streaming session."""
         self._arrivals += 1

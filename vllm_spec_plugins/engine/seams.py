@@ -107,6 +107,26 @@ SEAMS: tuple[Seam, ...] = (
     Seam("config/vllm.py", "VllmConfig.use_v2_model_runner", "read", "which adapter to attach"),
     Seam(
         "config/vllm.py",
+        "VllmConfig.__post_init__",
+        "patched",
+        "decides on asynchronous scheduling; our method is added to its list",
+        ("NgramGPUTypes",),
+    ),
+    Seam(
+        "config/scheduler.py",
+        "SchedulerConfig",
+        "read",
+        "which adapter to attach",
+        ("async_scheduling",),
+    ),
+    Seam(
+        "config/speculative.py",
+        "SpeculativeConfig.use_ngram",
+        "replaced",
+        "model runner V2 keeps texts in the device's own memory",
+    ),
+    Seam(
+        "config/vllm.py",
         "VllmConfig",
         "read",
         "what our adapter of model runner V2 does not serve",
@@ -601,6 +621,9 @@ SEAMS: tuple[Seam, ...] = (
         "requests, tokens and logits of a step",
         (
             "cu_num_logits_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "idx_mapping",
             "idx_mapping_np",
             "input_ids",
             "logits_indices",
@@ -613,7 +636,20 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     Seam(f"{_V2}/input_batch.py", "InputBuffers", "read", "type of token ids", ("input_ids",)),
-    Seam(f"{_V2}/states.py", "RequestState", "read", "slots of requests", ("req_id_to_index",)),
+    Seam(
+        f"{_V2}/states.py",
+        "RequestState",
+        "read",
+        "slots of requests, and what they have said",
+        ("all_token_ids", "prompt_len", "req_id_to_index", "total_len"),
+    ),
+    Seam(
+        f"{_V2}/async_utils.py",
+        "AsyncOutput.get_output",
+        "replaced",
+        "step records under asynchronous scheduling",
+    ),
+    Seam("v1/outputs.py", "ModelRunnerOutput", "read", "the same", ("sampled_token_ids",)),
     Seam(
         f"{_V2}/block_table.py",
         "BlockTables",

@@ -85,7 +85,7 @@ class V1Adapter(RunnerAdapter):
             list(scheduler_output.finished_req_ids), list(scheduler_output.preempted_req_ids or ())
         )
         for new in scheduler_output.scheduled_new_reqs:
-            self.requests.add(new.req_id, new.sampling_params, new.prompt_embeds is None)
+            self.request_came(new.req_id, new.sampling_params, new.prompt_embeds is None)
         result = self._update_states_by_vllm(scheduler_output)
         if self.verifiers:
             # Our random numbers are keyed and vLLM's drafts ignore seeds, so nobody draws from

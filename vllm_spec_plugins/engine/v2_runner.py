@@ -1,9 +1,10 @@
 """Our proposers and verifiers on model runner V2 (GPU; on a CPU in Triton's interpreter).
 
-V2 keeps tokens, lengths and drafts on the device, a row for each request slot. Our contracts
-speak of the host: so once each step, after its verification, what was emitted is copied to the
-host, which waits for the device. The step after is planned with what each request drafted, as on
-V1: scheduling is synchronous, and drafts differ in length from request to request.
+V2 keeps tokens, lengths and drafts on the device, a row for each request slot. Most of our
+contracts speak of the host: so once each step, after its verification, what was emitted is copied
+to the host, which waits for the device. The step after is planned with what each request drafted,
+as on V1: scheduling is synchronous, and drafts differ in length from request to request. Where
+nothing needs the host, `v2_async_runner` takes the place of this.
 
 The adapter replaces what the runner looks up on itself: `load_model`, `finish_requests`,
 `add_requests`, `sample`, `sample_tokens`, `take_draft_token_ids`, `rejection_sampler`. No class
@@ -27,12 +28,13 @@ from .adapter import RunnerAdapter
 from .carrier import PluginSpeculativeConfig
 from .host_history import HostHistory
 from .v2_target import V2Target
-from .verified_step import StepTokens, VerifiedStep
+from .verified_step import DraftRows, StepTokens, VerifiedStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+    from vllm_spec_plugins.verifier import Verification, VerifyInput
 
     from .requests import RequestBatch
 
@@ -73,6 +75,10 @@ class V2Adapter(RunnerAdapter):
         if self.proposer is not None:
             runner.speculator.adapter = self
 
+        self._announce()
+
+    def _announce(self) -> None:
+        """What an operator should know."""
         logger.info(
             "Model runner V2 serves the plugins. Each step's tokens are brought to the host, where "
             "proposers and observers read them, so scheduling is synchronous; drafting runs "
@@ -123,8 +129,12 @@ class V2Adapter(RunnerAdapter):
             if new.req_id in self._preempted:
                 self._preempted.discard(new.req_id)
             else:
-                self.requests.add(new.req_id, new.sampling_params, new.prompt_embeds is None)
-            self.history.begin(slot_of[new.req_id], new.prefill_token_ids, new.prompt_len)
+                self.request_came(new.req_id, new.sampling_params, new.prompt_embeds is None)
+            self._enter(slot_of[new.req_id], new)
+
+    def _enter(self, slot: int, new: Any) -> None:
+        """A request has entered a slot, for the first time or after a preemption."""
+        self.history.begin(slot, new.prefill_token_ids, new.prompt_len)
 
     # Verification: what the bridge asks for.
 
@@ -132,7 +142,20 @@ class V2Adapter(RunnerAdapter):
         """The requests of some rows of the step."""
         return self.requests.batch(self._input_batch.req_ids[begin:end])
 
-    def token_history(self, begin: int, end: int, requests: RequestBatch) -> TokenHistory:
+    def invalid_drafts(self, input_batch: Any, by_vllm: Tensor | None) -> Tensor | None:
+        """`[N + R]` bool, rows whose token was never drafted; None = there are none.
+
+        Args:
+            input_batch: The step.
+            by_vllm: What vLLM says of drafts under a grammar.
+        """
+        del input_batch
+        return by_vllm
+
+    def chunk_verified(self, batch: VerifyInput, verification: Verification) -> None:
+        """Some requests of the step are verified; in row order."""
+
+    def token_history(self, begin: int, end: int, requests: RequestBatch) -> TokenHistory | None:
         """What the requests of some rows have said."""
         history = self.history.of(self._input_batch.idx_mapping_np[begin:end])
         if requests.lacks_history is not None:
@@ -146,20 +169,20 @@ class V2Adapter(RunnerAdapter):
         return self._hidden_states[self._input_batch.logits_indices[rows]]
 
     def draft_probabilities(
-        self, by_vllm: Tensor | None, num_draft: list[int], request_ids: list[str]
+        self, by_vllm: Tensor | None, drafts: DraftRows
     ) -> DraftProbabilities | None:
         """The law of the step's draft tokens, `[N]` rows; None when all were choices.
 
         Args:
             by_vllm: `[N, V]` law of vLLM's own drafts, or None.
-            num_draft: `[R]` draft tokens scheduled; may be fewer than were drafted.
-            request_ids: `[R]`.
+            drafts: Which they are.
         """
         if self.proposer is not None:
-            return self.law_of_our_drafts(num_draft, request_ids, self.runner.device)
+            device = self.runner.device
+            return self.law_of_our_drafts(drafts.num_draft, drafts.request_ids, device)
         if by_vllm is None:
             return None
-        return self.law_of_dense_drafts(by_vllm, num_draft, request_ids)
+        return self.law_of_dense_drafts(by_vllm, drafts.num_draft, drafts.request_ids)
 
     @property
     def keeps_target_logits(self) -> bool:

@@ -17,6 +17,8 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
 
+from .transfers import to_device
+from .verified_step import DraftRows
 from .verify_each import verify_each
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class VerifierBridge(RejectionSampler):
         invalid_drafts: Tensor | None = None,
     ) -> Any:
         self._input_batch, self._num_verified, self._decided = input_batch, 0, []
+        invalid_drafts = self.adapter.invalid_drafts(input_batch, invalid_drafts)
         output = super().__call__(logits, input_batch, draft_logits, invalid_drafts)
         batch, verification = self._decided[0]
         if len(self._decided) > 1:
@@ -129,20 +132,18 @@ class VerifierBridge(RejectionSampler):
         starts = self._input_batch.cu_num_logits_np[begin : end + 1].astype(np.int64)
         starts = starts - starts[0]
         last = starts[1:] - 1
-        rows = torch.from_numpy(np.delete(np.arange(starts[-1]), last))
+        rows = to_device(np.delete(np.arange(starts[-1]), last), self._device)  # [N]
         num_draft_np = np.diff(starts) - 1
-        rows = self._to_device(rows)  # [N]
         requests = adapter.requests_of_rows(begin, end)
         states = self.sampler.sampling_states
         greedy = states.temperature.np[idx_mapping_np] == 0
         temperatures = states.temperature.gpu[idx_mapping]
-        num_draft = num_draft_np.tolist()
+        slots, columns = expanded_idx_mapping[rows], expanded_local_pos[rows]
         law = None
         if draft_logits is not None:
-            kept = draft_logits[
-                expanded_idx_mapping[rows], expanded_local_pos[rows], : logits.shape[1]
-            ]
-            law = law_of_draft_logits(kept, states.temperature.gpu[expanded_idx_mapping[rows]])
+            kept = draft_logits[slots, columns, : logits.shape[1]]
+            law = law_of_draft_logits(kept, states.temperature.gpu[slots])
+        drafts = DraftRows(requests.request_ids, num_draft_np.tolist(), slots, columns)
         offset = int(self._input_batch.cu_num_logits_np[begin])
         batch = VerifyInput(
             request_ids=requests.request_ids,
@@ -150,9 +151,9 @@ class VerifierBridge(RejectionSampler):
             bonus_logits=processed[cu_num_logits[1:].long() - 1].float(),
             draft_token_ids=verify_draft_sampled[rows + 1].long(),
             num_draft=(cu_num_logits[1:] - cu_num_logits[:-1] - 1).long(),
-            draft_probabilities=adapter.draft_probabilities(law, num_draft, requests.request_ids),
+            draft_probabilities=adapter.draft_probabilities(law, drafts),
             temperatures=temperatures,
-            streams=self._to_device(torch.from_numpy(requests.streams)),
+            streams=to_device(requests.streams, self._device),
             positions=pos[cu_num_logits[:-1].long()].long() + 1,
             hidden_states=(
                 adapter.draft_hidden_states(rows + 1 + offset)
@@ -165,22 +166,17 @@ class VerifierBridge(RejectionSampler):
             constrained=(
                 None
                 if requests.has_grammar is None
-                else self._to_device(torch.from_numpy(requests.has_grammar))
+                else to_device(requests.has_grammar, self._device)
             ),
             history=adapter.token_history(begin, end, requests),
         )
         verification = verify_each(self.verifiers, batch, requests.verifiers)
         self._decided.append((batch, verification))
+        adapter.chunk_verified(batch, verification)
         tokens = verification.token_ids
         missing = self.num_speculative_steps + 1 - tokens.shape[1]
         sampled = torch.nn.functional.pad(tokens, (0, missing), value=-1)
         return processed, sampled, (verification.accepted + 1).to(torch.int32)
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        """Without waiting for the device, which copies from unpinned memory would."""
-        if self._device.type == "cpu":
-            return values
-        return values.pin_memory().to(self._device, non_blocking=True)
 
 
 def law_of_draft_logits(draft_logits: Tensor, temperatures: Tensor) -> Tensor:

@@ -51,3 +51,20 @@ class StepTokens:
     num_scheduled: NDArray[np.int64]
     token_ids: Tensor
     positions: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """The N draft tokens that are verified together, request by request.
+
+    Attributes:
+        request_ids: `[R]`.
+        num_draft: `[R]` draft tokens scheduled; may be fewer than were drafted.
+        slots: `[N]` int64 on the device, request slot of each.
+        columns: `[N]` on the device, 0 for a request's first.
+    """
+
+    request_ids: Sequence[str]
+    num_draft: Sequence[int]
+    slots: Tensor
+    columns: Tensor
