@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-from vllm_spec_plugins.errors import listed
+from pydantic import ValidationError
+
+from vllm_spec_plugins.errors import SpecPluginsError, listed
+from vllm_spec_plugins.registry import Kind, Registry, installed
 
 from .install import shield_llvmlite
 from .seams import DISTRIBUTIONS, Source, installed_source
@@ -23,7 +26,6 @@ V1_SAMPLER = "v1/sample/rejection_sampler.py"
 V1_RUNNER = "v1/worker/gpu_model_runner.py"
 CPU_KERNELS = "utils/cpu_triton_utils.py"
 NGRAM = "v1/spec_decode/ngram_proposer.py"
-ENGINE_CONFIG = "config/vllm.py"
 
 #: Speculative methods that vLLM 0.33 no longer has.
 REMOVED_IN_0_33 = ("medusa", "mlp_speculator")
@@ -58,7 +60,7 @@ def findings(source: Source | None = None) -> list[Finding]:
         *synthetic_on_cpu(source, on_cpu),
         *ignored_tokens_per_batch_size(source),
         *model_runner(on_cpu),
-        *scheduling(source),
+        *scheduling(),
         *ngram_threads(source, on_cpu),
         *going_away(source),
     ]
@@ -209,16 +211,32 @@ def model_runner(on_cpu: bool) -> Iterator[Finding]:
         )
 
 
-def scheduling(source: Source) -> Iterator[Finding]:
-    """Asynchronous scheduling ends where drafts are made on the host."""
-    if any(text.startswith("Async scheduling not") for text in _strings(source(ENGINE_CONFIG))):
-        yield Finding(
-            "asynchronous scheduling",
-            "note",
-            "switched off with every plugin, on both model runners, and on V1 with vLLM's ngram "
-            "and suffix: it would plan a step before the last one is verified, and drafts of "
-            "plugins differ in length",
-        )
+def scheduling() -> Iterator[Finding]:
+    """Where the next step is planned before the last one is verified."""
+    plugins = installed()
+    device = {Kind.PROPOSER: "drafts_on_device", Kind.VERIFIER: "verifies_on_device"}
+    able = {
+        kind: [name for name in plugins.names(kind) if _with_defaults(plugins, kind, name, asks)]
+        for kind, asks in device.items()
+    }
+    yield Finding(
+        "asynchronous scheduling",
+        "note",
+        "kept on model runner V2 where the draft is made on the device (by a method of vLLM's own, "
+        f"or by {listed(able[Kind.PROPOSER])}), verified there (by default options: "
+        f"{listed(able[Kind.VERIFIER])}), and no length_control is set. Everything else, and V1, "
+        "needs each step's tokens on the host before it plans the next; the log says at start "
+        "which option does",
+    )
+
+
+def _with_defaults(plugins: Registry, kind: Kind, name: str, asks: str) -> bool:
+    """What a plugin answers with its default options; False where it has none or is broken."""
+    try:
+        plugin = plugins.load(kind, name)
+        return bool(getattr(plugin, asks)(plugin.Options()))
+    except (SpecPluginsError, ValidationError):
+        return False
 
 
 def ngram_threads(source: Source, on_cpu: bool) -> Iterator[Finding]:

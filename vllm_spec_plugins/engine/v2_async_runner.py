@@ -274,7 +274,7 @@ class V2AsyncAdapter(V2Adapter):
         ]
         if rows:
             prices = outcome.extra_acceptance
-            num_draft = outcome.num_draft.tolist()
+            num_draft = outcome.num_draft.numpy().tolist()
             self._tell(
                 "spec_step_finished",
                 step=StepRecord(
@@ -286,7 +286,7 @@ class V2AsyncAdapter(V2Adapter):
                     token_ids=[list(emitted[row]) for row in rows],
                     sources=(self.proposer_name,),
                     source_of=None,
-                    extra_acceptance=None if prices is None else prices[rows].tolist(),
+                    extra_acceptance=None if prices is None else prices.numpy()[rows].tolist(),
                 ),
             )
         return output

@@ -65,9 +65,8 @@ class OnDevice(Proposer):
         ahead = torch.arange(1, batch.num_speculative_tokens + 1, device=texts.device)
         place = found.unsqueeze(1) + ahead  # [R, K]
         drafted = texts.gather(1, place.clamp(max=texts.shape[1] - 1))
-        keep = (
-            (found.unsqueeze(1) >= 0) & (place < length) & (ahead <= batch.max_draft.unsqueeze(1))
-        )
+        wanted = torch.where(found >= 0, batch.max_draft, 0).unsqueeze(1)
+        keep = (place < length) & (ahead <= wanted)
         return DeviceDraft(torch.where(keep, drafted, -1))
 
     def drawn(self, batch: DeviceDraftInput) -> DeviceDraft:
