@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import time
 from pathlib import Path
@@ -26,10 +27,15 @@ from vllm_spec_plugins.calibration.diffusion_evaluation import (
     evaluate_causal,
     write_texts,
 )
-from vllm_spec_plugins.calibration.diffusion_start import from_model, mask_token_of
+from vllm_spec_plugins.calibration.diffusion_start import (
+    conditioned,
+    from_model,
+    mask_token_of,
+)
 from vllm_spec_plugins.calibration.diffusion_training import DiffusionRecipe, job_of, train
 from vllm_spec_plugins.calibration.hugging_face import LocalModel
 from vllm_spec_plugins.calibration.texts import Corpus, TextTokenizer, windows
+from vllm_spec_plugins.diffusion.conditioning import TargetStates, layers_of
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 
 ROWS = Path(__file__).parent / "results" / "diffusion_training.jsonl"
@@ -57,6 +63,10 @@ def main() -> None:
     start = LocalModel.load(zoo.ensure(arguments.start)) if arguments.start else target
     tokenizer = TextTokenizer(folder)
     drafter = from_model(start, arguments.layers, mask_token_of(tokenizer, target.vocab_size))
+    layers = layers_of(arguments.condition_on_layers, target.num_layers)
+    if layers:
+        states = TargetStates(arguments.target, None, target.num_layers, target.hidden_size, layers)
+        drafter = conditioned(drafter, states)
     every, prompts = (
         [text.text for text in Corpus(["zoo"]) if text.held_out == held_out]
         for held_out in (False, True)
@@ -78,7 +88,6 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.output / f"{arguments.name}.checkpoint"
     resumed = checkpoint.exists()  # then its first rows are there already
-    draft_model = LocalModel.load(zoo.ensure(arguments.draft_model))
 
     def keep(row: dict[str, Any]) -> None:
         _show(row)
@@ -86,7 +95,9 @@ def main() -> None:
             with ROWS.open("a") as file:
                 file.write(json.dumps({**row, **provenance()}) + "\n")
 
-    for temperature, texts in () if resumed else written.items():
+    compared = {} if resumed or arguments.draft_model == "none" else written
+    for temperature, texts in compared.items():
+        draft_model = LocalModel.load(zoo.ensure(arguments.draft_model))
         quality = evaluate_causal(target, draft_model, texts, recipe.block)
         keep(
             {
@@ -107,8 +118,10 @@ def main() -> None:
             return
         most = recipe.block if steps == recipe.steps else min(8, recipe.block)
         seconds = round(time.perf_counter() - began, 1)
-        for temperature, texts in written.items():
-            quality = evaluate(target, drafter, texts, most)
+        # What is left of it where vLLM takes all of the text from its prefix cache.
+        ways = [False, True] if layers and steps == recipe.steps else [False]
+        for (temperature, texts), withheld in itertools.product(written.items(), ways):
+            quality = evaluate(target, drafter, texts, most, withheld=withheld)
             keep(
                 {
                     **shared,
@@ -116,6 +129,8 @@ def main() -> None:
                     "passes": "one per draft",
                     "start": arguments.start or arguments.target,
                     "layers": arguments.layers,
+                    "conditioned_on_layers": list(layers),
+                    "states_withheld": withheld,
                     "parameters_in_layers": sum(w.numel() for w, _ in drafter.matrices()),
                     "parameters": sum(w.numel() for w in drafter.parameters()),
                     "recipe": dataclasses.asdict(recipe),
@@ -161,10 +176,11 @@ def _show(row: dict[str, Any]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="small")
-    parser.add_argument("--draft-model", default="nano")
+    parser.add_argument("--draft-model", default="nano", help="to compare with; or none")
     parser.add_argument("--start", default="", help="model whose layers it starts from")
     parser.add_argument("--name", default="diffusion")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--condition-on-layers", default="none", help="numbers, spread or none")
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=4)

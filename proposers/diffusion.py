@@ -6,6 +6,12 @@ draft (DiffuSpec 2510.02358, DEER 2512.15176). What the text left behind in the 
 from step to step, one row of `PrefixCache` for each request; only verified tokens enter it, so a
 rejection has nothing to undo.
 
+A drafter that is conditioned on the target (`vllm_spec_plugins/diffusion/conditioning.py`) also
+reads the target's hidden states. They come in with every step of the engine, whoever drafts, and
+wait in `StateWindows` until the drafter reads their tokens. What vLLM took from its prefix cache
+has none: there the drafter reads text alone. The states of a text follow from the text, so what is
+drafted still does, and its law is what was drawn from.
+
 From the laws come drawn tokens with their laws kept, the most likely tokens (greedy requests), or a
 path (`path_search`); see `parallel` for why each is exact.
 
@@ -35,7 +41,7 @@ from vllm_spec_plugins.diffusion.folder import check_folder, read_config
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.length_control import Fixed, LengthControlOptions
-from vllm_spec_plugins.proposer import DraftInput, ProposerOptions
+from vllm_spec_plugins.proposer import DraftInput, Needs, ProposerOptions, StepStates
 
 from .parallel import Block, ParallelOptions, ParallelProposer
 
@@ -87,6 +93,7 @@ class Diffusion(ParallelProposer):
 
     def __init__(self, options: DiffusionOptions, context: EngineContext) -> None:
         super().__init__(options, context)
+        #: Row of each request in the caches; given when it is first seen.
         self._row_of: dict[str, int] = {}
         self._free = list(range(context.max_num_requests))[::-1]
         #: `[rows]` last token that each row of the cache has read.
@@ -117,13 +124,27 @@ class Diffusion(ParallelProposer):
                 f"{options.model}. Lower one of them."
             )
 
+    @classmethod
+    def needs_for(cls, options: ProposerOptions) -> Needs:
+        assert isinstance(options, DiffusionOptions)
+        conditioned = read_config(options.model).conditioned_on is not None
+        return cls.needs | Needs.LAYER_STATES if conditioned else cls.needs
+
+    @classmethod
+    def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
+        del facts
+        assert isinstance(options, DiffusionOptions)
+        states = read_config(options.model).conditioned_on
+        return () if states is None else states.layers
+
     def load(self, target: TargetModel) -> None:
         del target
         context, options = self.context, self.options
         dtype: torch.dtype = getattr(torch, options.dtype)
         self._drafter = DiffusionDrafter.load(options.model, context.device, dtype)
-        window = options.context_window or self._default_window(read_config(options.model))
+        window = options.context_window or self._default_window(self._drafter.config)
         self._cache = self._drafter.new_cache(context.max_num_requests, window)
+        self._states = self._drafter.new_state_windows(context.max_num_requests, window)
 
     def _default_window(self, config: DrafterConfig) -> int:
         made_for = min(config.max_positions, self.context.facts.max_model_len) - self._block_size
@@ -137,12 +158,35 @@ class Diffusion(ParallelProposer):
             self.propose(batch)
             self.finish(batch.request_ids)
 
+    @torch.inference_mode()
+    def follow(self, states: StepStates) -> None:
+        config = self._drafter.config.conditioned_on
+        assert self._states is not None
+        assert config is not None
+        self._states.write(
+            self._rows(states.request_ids),
+            states.num_verified,
+            states.num_scheduled.cumsum() - states.num_scheduled,
+            states.positions,
+            [states.layer_states[layer] for layer in config.layers],
+        )
+
+    @torch.inference_mode()
     def finish(self, request_ids: Sequence[str]) -> None:
         super().finish(request_ids)
         rows = [row for name in request_ids if (row := self._row_of.pop(name, None)) is not None]
         if rows:
             self._cache.forget(rows)
+            if self._states is not None:
+                self._states.forget(rows)
             self._free.extend(rows)
+
+    def _rows(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
+        """`[R]` row of each request in the caches."""
+        for name in request_ids:
+            if name not in self._row_of:
+                self._row_of[name] = self._free.pop()
+        return np.array([self._row_of[name] for name in request_ids], dtype=np.int64)
 
     def logits(self, batch: DraftInput, requests: NDArray[np.int64]) -> Tensor:
         """One pass over what is new of each text, and masks behind it: `[n, B, V]`."""
@@ -187,11 +231,7 @@ class Diffusion(ParallelProposer):
         a text longer than the window only the window is read. A text that is not the one read so
         far, which `finish` should have told, begins anew.
         """
-        names = batch.keys.select(requests).request_ids
-        for name in names:
-            if name not in self._row_of:
-                self._row_of[name] = self._free.pop()
-        rows = np.array([self._row_of[name] for name in names], dtype=np.int64)
+        rows = self._rows(batch.keys.select(requests).request_ids)
         ends = batch.num_tokens[requests]
         known = self._cache.next[rows]
         last = batch.token_history[batch.rows[requests], np.maximum(known, 1) - 1]
@@ -230,7 +270,10 @@ class Diffusion(ParallelProposer):
         )
         token_ids = batch.token_history[batch.rows[requests][:, None], columns].astype(np.int64)
         token_ids[np.arange(token_ids.shape[1]) >= new[:, None]] = 0
-        return self._drafter.draft(self._cache, rows, token_ids, new, self._block_size)
+        added = None
+        if self._states is not None:
+            added = self._states.read(rows, begins, token_ids.shape[1])
+        return self._drafter.draft(self._cache, rows, token_ids, new, self._block_size, added)
 
 
 def columns_to_settle(

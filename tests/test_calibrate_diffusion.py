@@ -246,8 +246,10 @@ class TestLoss:
         assert torch.equal(rows.sum(-1), torch.ones(3))
 
     def test_labels_from_the_target(self, target: LocalModel, text: NDArray[np.int64]) -> None:
-        law = diffusion_training._target_law(target, text[:2])
-        logits = target.module(input_ids=torch.from_numpy(text[:2])).logits
+        tokens = torch.from_numpy(text[:2])
+        last = target.layer_states(tokens, [target.num_layers])[target.num_layers]
+        law = diffusion_training._target_law(target, last)
+        logits = target.module(input_ids=tokens).logits
         torch.testing.assert_close(law(torch.tensor([33])), logits[1, 1:2].softmax(-1))
 
     def test_padding_teaches_nothing(self, target: LocalModel, text: NDArray[np.int64]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 
 from .acceptance_walk import ratio_with_error, rounds_of, walk
+from .diffusion_training import added_to_texts, layers_read
 from .hugging_face import LocalModel
 from .masked_blocks import Blocks, masked_pass
 
@@ -108,7 +109,12 @@ def write_texts(
 
 @torch.no_grad()
 def evaluate(
-    target: LocalModel, drafter: DiffusionDrafter, written: Written, most: int
+    target: LocalModel,
+    drafter: DiffusionDrafter,
+    written: Written,
+    most: int,
+    *,
+    withheld: bool = False,
 ) -> BlockQuality:
     """Drafts of `most` tokens from every place of the texts.
 
@@ -117,6 +123,8 @@ def evaluate(
         drafter: On its device.
         written: Texts; those with fewer than `most` new tokens are left out.
         most: K.
+        withheld: Give a conditioned drafter none of the target's states, as if all of the text
+            had come from vLLM's prefix cache.
 
     Raises:
         ValueError: No text is long enough.
@@ -125,10 +133,17 @@ def evaluate(
     for text in written.texts:
         if len(text) - written.prompt_length < most:
             continue
-        p = _target_laws(target, text, written.prompt_length)
+        states = target.layer_states(
+            torch.from_numpy(text[None, :-1]), [*layers_read(drafter), target.num_layers]
+        )
+        p = _laws_of(target, states[target.num_layers], written.prompt_length)
+        known = np.zeros((1, len(text) - 1), dtype=np.bool_) if withheld else None
+        added = added_to_texts(drafter, states, known)
         anchors = np.arange(written.prompt_length - 1, len(text) - most)
         parts = [
-            _compare(drafter, text, part, most, p[part[0] - anchors[0] :], greedy=written.greedy)
+            _compare(
+                drafter, text, part, most, p[part[0] - anchors[0] :], added, greedy=written.greedy
+            )
             for part in np.array_split(anchors, -(-len(anchors) // _PLACES))
         ]
         measured = np.concatenate(parts)
@@ -187,7 +202,12 @@ def _target_laws(model: LocalModel, text: NDArray[np.int64], prompt_length: int)
     """`[C, V]` law of every token after the prompt."""
     token_ids = torch.from_numpy(text[None, :-1])
     states = model.layer_states(token_ids, [model.num_layers])[model.num_layers]
-    return model.logits(model.final_norm(states[0, prompt_length - 1 :])).softmax(-1)
+    return _laws_of(model, states, prompt_length)
+
+
+def _laws_of(model: LocalModel, last: Tensor, prompt_length: int) -> Tensor:
+    """`[C, V]` from the last layer's states of a text, `[1, T - 1, G]`."""
+    return model.logits(model.final_norm(last[0, prompt_length - 1 :])).softmax(-1)
 
 
 def _compare(
@@ -196,6 +216,7 @@ def _compare(
     anchors: NDArray[np.int64],
     most: int,
     p: Tensor,
+    added: Tensor | None,
     *,
     greedy: bool,
 ) -> NDArray[np.float64]:
@@ -207,6 +228,7 @@ def _compare(
         anchors: `[S]` consecutive.
         most: K.
         p: `[C', V]` the target's laws of the tokens after the first anchor.
+        added: `[1, T - 1, H]` what conditioning adds to the text.
         greedy: Whether the text is.
     """
     blocks = Blocks(anchors[None], np.full((1, len(anchors)), most))
@@ -214,7 +236,10 @@ def _compare(
     layout = masked_pass(known[None], blocks, drafter.config.mask_token_id)
     device = drafter.embedding.device
     states = drafter(
-        layout.token_ids.to(device), layout.positions.to(device), layout.visible.to(device)
+        layout.token_ids.to(device),
+        layout.positions.to(device),
+        layout.visible.to(device),
+        None if added is None else added[:, : len(known)],
     )[0]
     before = layout.before
     # Anchors first, then masks block by block: back to [S, K].

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.diffusion.conditioning import TargetStates
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 from vllm_spec_plugins.diffusion.folder import DrafterConfig
 from vllm_spec_plugins.errors import SpecPluginsError, listed
@@ -168,6 +169,13 @@ def anew(
         predicts="next_token",
     )
     return _with_weights(DiffusionDrafter(config), model.export()).to(target.device)
+
+
+def conditioned(drafter: DiffusionDrafter, states: TargetStates) -> DiffusionDrafter:
+    """The same drafter, which also reads a target's states; untrained, it makes nothing of them."""
+    started = DiffusionDrafter(replace(drafter.config, conditioned_on=states))
+    started.load_state_dict(drafter.state_dict(), strict=False)
+    return started.to(drafter.embedding.device)
 
 
 def _with_weights(drafter: DiffusionDrafter, weights: dict[str, Tensor]) -> DiffusionDrafter:

@@ -12,6 +12,10 @@ share a pass (`masked_blocks.py`), labels are the target's own laws unless told 
 every token of the text learns to predict the next one besides (TiDAR, Liu et al. 2511.08923):
 the first draft token comes from it.
 
+A conditioned drafter (`diffusion/conditioning.py`) reads the states of the frozen target that the
+labels come from anyway. In some windows those of the first tokens are withheld, as they are where
+vLLM takes a prefix from its cache: what is learned then holds with and without them.
+
 The drafter starts from the first layers of a causal model with the same tokenizer, by default the
 target, with its embedding and head. Muon for the matrices, AdamW for the rest, as in the zoo.
 """
@@ -19,7 +23,7 @@ target, with its embedding and head. Muon for the matrices, AdamW for the rest, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +45,9 @@ from .masked_blocks import Blocks, draw_blocks, masked_pass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+#: Share of windows in which the states of a first part, of random length, are withheld.
+_WITHHELD = 0.25
 
 #: Told after every step: steps done, mean divergence of the blocks' tokens in nats.
 OnStep = Callable[[int, float], None]
@@ -219,6 +226,14 @@ def block_weights(
     return (ratio ** (number - 1) / total).astype(np.float32)
 
 
+def known_states(shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[np.bool_]:
+    """`[W, T]`, which states of some windows a drafter learns with: all but first parts of some."""
+    windows, length = shape
+    withheld = generator.integers(1, length + 1, windows)
+    withheld[generator.random(windows) >= _WITHHELD] = 0
+    return np.arange(length) >= withheld[:, None]
+
+
 def _step(
     drafter: DiffusionDrafter,
     target: LocalModel,
@@ -234,7 +249,8 @@ def _step(
         (token_ids >= 0).sum(axis=1), recipe.num_masks, recipe.block, generator, vary=second
     )
     decay = recipe.decay if second else 1.0
-    loss, mean = _loss(drafter, target, token_ids, blocks, decay, step % 2, recipe)
+    known = known_states(token_ids.shape, np.random.default_rng((recipe.seed, 2, step)))
+    loss, mean = _loss(drafter, target, token_ids, blocks, decay, step % 2, recipe, known)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
     for optimizer in optimizers:
@@ -251,18 +267,28 @@ def _loss(
     decay: float,
     parity: int,
     recipe: DiffusionRecipe,
+    known: NDArray[np.bool_] | None = None,
 ) -> tuple[Tensor, float]:
     """The loss, and the blocks' mean divergence for people.
 
     Every other token of the text, those at places of this parity, learns its next one: that is
-    enough, and the head is the dear part.
+    enough, and the head is the dear part. Of the target's states a conditioned drafter reads
+    those that are `[W, T]` known; None: all.
     """
     device, length = target.device, token_ids.shape[1]
     layout = masked_pass(token_ids, blocks, drafter.config.mask_token_id)
+    after = layers_read(drafter)
+    if recipe.distil:
+        after = [*after, target.num_layers]
+    text = torch.from_numpy(np.maximum(token_ids, 0))
+    of_target = target.layer_states(text, after) if after else {}
     low = target.dtype
     with torch.autocast(device.type, low, enabled=low != torch.float32):
         states = drafter(
-            layout.token_ids.to(device), layout.positions.to(device), layout.visible.to(device)
+            layout.token_ids.to(device),
+            layout.positions.to(device),
+            layout.visible.to(device),
+            added_to_texts(drafter, of_target, known),
         )
     text_window, text_place = np.nonzero(token_ids[:, 1:] >= 0)
     some = text_place % 2 == parity
@@ -283,7 +309,10 @@ def _loss(
         ]
     )
     window, place, before = torch.from_numpy(rows).to(device)
-    law = _target_law(target, token_ids) if recipe.distil else _text_law(target, token_ids)
+    if recipe.distil:
+        law = _target_law(target, of_target[target.num_layers])
+    else:
+        law = _text_law(target, token_ids)
     loss, divergences = law_loss(
         states[window, place].float(),
         drafter.head,
@@ -294,10 +323,39 @@ def _loss(
     return loss, divergences[:drafted].mean().item()
 
 
-def _target_law(target: LocalModel, token_ids: NDArray[np.int64]) -> Callable[[Tensor], Tensor]:
-    """What the target says comes after each token of the windows."""
-    text = torch.from_numpy(np.maximum(token_ids, 0))
-    states = target.layer_states(text, [target.num_layers])[target.num_layers].flatten(0, 1)
+def layers_read(drafter: DiffusionDrafter) -> list[int]:
+    """After which layers of the target a drafter reads states."""
+    states = drafter.config.conditioned_on
+    return [] if states is None else list(states.layers)
+
+
+def added_to_texts(
+    drafter: DiffusionDrafter,
+    layer_states: Mapping[int, Tensor],
+    known: NDArray[np.bool_] | None = None,
+) -> Tensor | None:
+    """What conditioning adds to the tokens of texts, `[W, T, H]`; None for a drafter without.
+
+    Args:
+        drafter: The drafter.
+        layer_states: By layers run, `[W, T, G]`; of those it reads.
+        known: `[W, T]`, states it is given; None: all.
+    """
+    if drafter.conditioning is None:
+        return None
+    states = [layer_states[layer] for layer in layers_read(drafter)]
+    given = None if known is None else torch.from_numpy(known).to(states[0].device)
+    return drafter.conditioning.of_texts(states, given)
+
+
+def _target_law(target: LocalModel, last: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the target says comes after each token of the windows.
+
+    Args:
+        target: The target.
+        last: `[W, T, G]` its states after the last layer.
+    """
+    states = last.flatten(0, 1)
 
     def law(tokens: Tensor) -> Tensor:
         return target.logits(target.final_norm(states[tokens])).softmax(-1)

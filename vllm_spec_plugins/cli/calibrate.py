@@ -137,6 +137,13 @@ def diffusion_drafter(
         ),
     ] = "",
     layers: Annotated[int, typer.Option(min=1, help="Of the drafter.")] = 2,
+    condition_on_layers: Annotated[
+        str,
+        typer.Option(
+            help="Read the target's hidden states after so many of its layers, as 2,4,6; spread: "
+            "early, middle and late ones; none. Such a drafter serves this target alone."
+        ),
+    ] = "none",
     hidden_size: Annotated[
         int | None, typer.Option(min=2, help="With --start none; 256 by default.")
     ] = None,
@@ -204,7 +211,9 @@ def diffusion_drafter(
                 matrix_lr=learning_rate,
                 seed=seed,
             ),
-            command.start_of(start, layers, hidden_size, heads, kv_heads, ffn_size),
+            command.start_of(
+                start, layers, hidden_size, heads, kv_heads, ffn_size, condition_on_layers
+            ),
             held_out=command.HeldOutTexts(num_prompts, new_tokens=new_tokens),
             generations=generations,
             dtype=dtype,

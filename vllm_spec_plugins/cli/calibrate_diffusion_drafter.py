@@ -18,7 +18,13 @@ from rich.table import Table
 
 from vllm_spec_plugins.calibration.adapter import padded, sample_windows
 from vllm_spec_plugins.calibration.diffusion_evaluation import Written, evaluate, write_texts
-from vllm_spec_plugins.calibration.diffusion_start import Sizes, anew, from_model, mask_token_of
+from vllm_spec_plugins.calibration.diffusion_start import (
+    Sizes,
+    anew,
+    conditioned,
+    from_model,
+    mask_token_of,
+)
 from vllm_spec_plugins.calibration.diffusion_training import (
     DiffusionRecipe,
     TrainedDrafter,
@@ -27,10 +33,13 @@ from vllm_spec_plugins.calibration.diffusion_training import (
 )
 from vllm_spec_plugins.calibration.hugging_face import LocalModel
 from vllm_spec_plugins.calibration.texts import Corpus, TextTokenizer, windows
+from vllm_spec_plugins.diffusion.conditioning import TargetStates, layers_of
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
-from vllm_spec_plugins.diffusion.folder import check_same_tokens
+from vllm_spec_plugins.diffusion.folder import PROBE, check_same_tokens
 from vllm_spec_plugins.errors import SpecPluginsError
+from vllm_spec_plugins.weight_probes import read_probes
 from vllm_spec_plugins.zoo.progress import training_progress
+from vllm_spec_plugins.zoo.recipes import RECIPES
 
 from .served_model import model_to_serve
 from .training_run import continued_by_target, plot_losses, training_dtype, versions, write_json
@@ -53,11 +62,13 @@ class Start:
         model: A model whose first layers, embedding and head are taken; "" is the target.
         num_layers: Layers of the drafter.
         sizes: Of a drafter that starts anew instead.
+        condition_on_layers: Layers of the target whose hidden states it reads, see `layers_of`.
     """
 
     model: str = ""
     num_layers: int = 2
     sizes: Sizes | None = None
+    condition_on_layers: str = "none"
 
 
 def start_of(
@@ -67,6 +78,7 @@ def start_of(
     heads: int | None,
     kv_heads: int | None,
     ffn_size: int | None,
+    condition_on_layers: str = "none",
 ) -> Start:
     """From the command's options; `model` is `none` for new weights.
 
@@ -85,12 +97,12 @@ def start_of(
                 f"{', '.join(named)} can only be chosen for new weights (--start none): otherwise "
                 "the drafter has the sizes of the model it starts from"
             )
-        return Start(model, layers)
+        return Start(model, layers, condition_on_layers=condition_on_layers)
     hidden_size = hidden_size or 256
     heads = heads or max(1, hidden_size // 64)
     sizes = Sizes(layers, hidden_size, heads, kv_heads or heads, ffn_size or 3 * hidden_size)
     sizes.check()
-    return Start("", layers, sizes)
+    return Start("", layers, sizes, condition_on_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +164,7 @@ def run(
     target = LocalModel.load(folder, training_dtype(folder, dtype))
     recipe.check(target)
     _check_held_out(held_out, recipe, target)
+    read = layers_of(start.condition_on_layers, target.num_layers)
     tokenizer = TextTokenizer(folder)
     mask_token_id = mask_token_of(tokenizer, target.vocab_size)
     source = None if start.sizes else _source(start.model, folder, target, threads)
@@ -182,6 +195,10 @@ def run(
     if drafter is None:
         assert start.sizes is not None
         drafter = anew(start.sizes, target, mask_token_id, rows[rows >= 0], recipe.seed)
+    name, revision = _name_and_revision(model, folder)
+    if read:
+        states = TargetStates(name, revision, target.num_layers, target.hidden_size, read)
+        drafter = conditioned(drafter, states)
     # Only now: vLLM takes most of a GPU's memory while it writes.
     target.module.to(device)
     drafter.to(device)
@@ -191,7 +208,6 @@ def run(
         _show_finished(console, output, job)
         return
 
-    name = Path(model).name
     inside = sum(weight.numel() for weight, _ in drafter.matrices())
     console.print(
         f"diffusion drafter for [bold]{name}[/bold]: {inside / 1e6:.3g} million parameters in "
@@ -210,9 +226,15 @@ def run(
             for greedy in (True, False)
         ]
         measured = [_measured(target, trained.drafter, texts, recipe.block) for texts in written]
+        blind = [
+            _measured(target, trained.drafter, texts, recipe.block, withheld=True)
+            for texts in (written if read else ())
+        ]
     report: dict[str, Any] = {
         "job": job,
         "target": name,
+        "target_revision": revision,
+        "condition_on_layers": list(read),
         "start": "anew" if start.sizes else Path(start.model or model).name,
         "data_sha256": data,
         "recipe": asdict(recipe),
@@ -228,7 +250,7 @@ def run(
         "dtype": str(target.dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "parameters_in_layers": inside,
-        "held_out": {"texts": asdict(held_out), "measured": measured},
+        "held_out": {"texts": asdict(held_out), "measured": measured, "without_states": blind},
         "losses": [round(loss, 5) for loss in trained.losses],
         "versions": versions(),
     }
@@ -288,11 +310,25 @@ def _prompts(
     return padded(sample_windows(found, held_out.count, seed))
 
 
+def _name_and_revision(model: str, folder: Path) -> tuple[str, str | None]:
+    """What a target is called: on the Hub where it comes from its cache, with the commit."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name
+    if model in RECIPES:  # the folder's name ends with a digest of how it was trained
+        return model, folder.name.removeprefix(f"{model}-")
+    return Path(model).name, None
+
+
 def _measured(
-    target: LocalModel, drafter: DiffusionDrafter, written: Written, block: int
+    target: LocalModel,
+    drafter: DiffusionDrafter,
+    written: Written,
+    block: int,
+    *,
+    withheld: bool = False,
 ) -> dict[str, Any]:
     try:
-        quality = evaluate(target, drafter, written, block)
+        quality = evaluate(target, drafter, written, block, withheld=withheld)
     except ValueError as error:
         raise SpecPluginsError(
             f"the drafter cannot be judged: the target ends its texts early, {error}. Lower "
@@ -315,6 +351,9 @@ def _write(
     drafter = trained.drafter
     write_json(fresh / "config.json", drafter.config.as_json())
     weights = {name: weight.cpu() for name, weight in drafter.export().items()}
+    if (states := drafter.config.conditioned_on) is not None:
+        probes = read_probes(target_folder, states.num_layers)
+        weights |= {PROBE + name: probe for name, probe in probes.items()}
     (fresh / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     title = f"diffusion drafter of {report['target']}"
     pictured = plot_losses(
@@ -368,6 +407,12 @@ def _show(console: Console, report: Mapping[str, Any]) -> None:
                 f"{lengths[number - 1]:.2f}" + ("" if error is None else f" ± {error:.2f}"),
             )
         console.print(table)
+    for measured in held_out.get("without_states", ()):
+        console.print(
+            f"With none of the target's states, as after a prefix cache hit, at temperature "
+            f"{measured['temperature']:g}: {measured['acceptance_length'][-1]:.2f} tokens per step",
+            highlight=False,
+        )
     console.print(
         "overlap: chance that the draft token is accepted at temperature 1, once those before it "
         "were. Tokens per step: with drafts up to this token, the one after them included.",

@@ -8,6 +8,9 @@ text (`PrefixCache`). Precisely, for a block that begins at position n:
     a token of the text at position p sees positions p - W to p   (pattern "block"),
     or all that a token of the block sees                          (pattern "full").
 
+A conditioned drafter (`conditioning.py`) is also told what to add to the embeddings of the text;
+nothing is added to the block's.
+
 One token of the text is needed before a block, since a drafter that predicts next tokens
 predicts the block's first from it.
 
@@ -28,7 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .cache import PrefixCache, Rows
+from .conditioning import Conditioning
 from .folder import DrafterConfig, read_config, weight_files
+from .state_windows import StateWindows
 
 
 class Rotation(NamedTuple):
@@ -110,6 +115,8 @@ class DiffusionDrafter(nn.Module):
             if config.tie_word_embeddings
             else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         )
+        states = config.conditioned_on
+        self.conditioning = None if states is None else Conditioning(states, config.hidden_size)
 
     @classmethod
     def load(
@@ -146,6 +153,12 @@ class DiffusionDrafter(nn.Module):
         weight = self.embedding
         return PrefixCache(self.config, num_rows, window, weight.device, weight.dtype)
 
+    def new_state_windows(self, num_rows: int, window: int) -> StateWindows | None:
+        """The same for the target's states; None if it reads none."""
+        if self.conditioning is None:
+            return None
+        return StateWindows(self.conditioning, num_rows, window)
+
     def draft(
         self,
         cache: PrefixCache,
@@ -153,6 +166,7 @@ class DiffusionDrafter(nn.Module):
         token_ids: NDArray[np.int64],
         lengths: NDArray[np.int64],
         num_draft: int,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Take in the text verified since, and give the laws of the tokens after it: one pass.
 
@@ -164,6 +178,8 @@ class DiffusionDrafter(nn.Module):
             token_ids: `[R, T]` new text, padded at its end with anything.
             lengths: `[R]` new tokens of each row, 1 to T.
             num_draft: K, at least 1.
+            added: `[R, T, H]` what conditioning adds to the new tokens; None: nothing is known
+                of them, or it has no conditioning.
 
         Returns:
             `[R, K, V]` float32 logits; -inf for the mask.
@@ -176,7 +192,7 @@ class DiffusionDrafter(nn.Module):
         if (lengths < 1).any():
             raise ValueError("every row needs a new token before a block is drafted")
         masks = masks[:, : self._block_tokens(num_draft)]
-        states = self._pass(cache, rows, token_ids, lengths, masks)
+        states = self._pass(cache, rows, token_ids, lengths, masks, added)
         predicting = states[:, token_ids.shape[1] :]
         if config.predicts == "next_token":
             predicting = torch.cat([cache.last[_indices(rows, states)][:, None], predicting], dim=1)
@@ -188,6 +204,7 @@ class DiffusionDrafter(nn.Module):
         rows: Rows,
         token_ids: NDArray[np.int64],
         lengths: NDArray[np.int64],
+        added: Tensor | None = None,
     ) -> None:
         """Append verified text to some rows.
 
@@ -196,12 +213,13 @@ class DiffusionDrafter(nn.Module):
             rows: `[R]`, each once.
             token_ids: `[R, T]`, padded at its end with anything.
             lengths: `[R]` tokens of each row, 0 to T.
+            added: As for `draft`.
         """
         if self.config.attention_pattern == "full":
             self._remember(cache, rows, token_ids, lengths)
         else:
             nothing = np.empty((len(rows), 0), dtype=np.int64)
-            self._pass(cache, rows, token_ids, lengths, nothing)
+            self._pass(cache, rows, token_ids, lengths, nothing, added)
 
     def denoise(self, cache: PrefixCache, rows: Rows, block_token_ids: NDArray[np.int64]) -> Tensor:
         """The laws of a block's tokens after the text in the cache, which stays as it is.
@@ -247,32 +265,41 @@ class DiffusionDrafter(nn.Module):
             logits[..., mask] = -torch.inf
         return logits
 
-    def forward(self, token_ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, visible: Tensor, added: Tensor | None = None
+    ) -> Tensor:
         """A pass without a cache.
 
         Args:
             token_ids: `[R, S]` int64.
             positions: `[R, S]` int64.
             visible: `[R or 1, S, S]` bool, [., i, j]: token i sees token j.
+            added: `[R, S', H]` what conditioning adds to the first S' tokens, those of the text.
 
         Returns:
             `[R, S, H]` normed hidden states.
         """
         rotation = self._rotation(positions)
-        x = F.embedding(token_ids, self.embedding)
+        x = self._embed(token_ids, added)
         for layer in self._stack:
             query, key, value = layer.project(x, rotation)
             x = layer.finish(x, layer.attend(query, key, value, visible[:, None]))
         return self._normed(x)
 
     def matrices(self) -> list[tuple[Tensor, list[int]]]:
-        """Every matrix inside the layers, with the row counts of those fused in it (`Muon`)."""
+        """Every matrix inside the layers, and before them that of the target's states.
+
+        Each with the row counts of those fused in it (`Muon`).
+        """
         config = self.config
         queries, keys = (
             n * config.head_dim for n in (config.num_heads, config.num_key_value_heads)
         )
         inner, hidden = config.intermediate_size, config.hidden_size
-        return [
+        before: list[tuple[Tensor, list[int]]] = []
+        if self.conditioning is not None:
+            before = [(self.conditioning.projection, [hidden])]
+        return before + [
             pair
             for layer in self._stack
             for pair in (
@@ -312,6 +339,9 @@ class DiffusionDrafter(nn.Module):
         }
         if self.own_head is not None:
             names[self.own_head] = ("lm_head.weight",)
+        if self.conditioning is not None:
+            names[self.conditioning.projection] = ("target_states.projection.weight",)
+            names[self.conditioning.unknown] = ("target_states.unknown",)
         for index, layer in enumerate(self._stack):
             for ours, theirs in _FUSED.items():
                 parameter = getattr(layer, ours)
@@ -327,6 +357,14 @@ class DiffusionDrafter(nn.Module):
     def _block_tokens(self, length: int) -> int:
         """Tokens of a block that a pass of the pattern "block" reads."""
         return length - (self.config.predicts == "next_token")
+
+    def _embed(self, token_ids: Tensor, added: Tensor | None) -> Tensor:
+        """`[R, S, H]`, with what is added to the first tokens."""
+        x = F.embedding(token_ids, self.embedding)
+        if added is None:
+            return x
+        length = added.shape[1]
+        return torch.cat([x[:, :length] + added, x[:, length:]], dim=1)
 
     def _normed(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
@@ -349,6 +387,7 @@ class DiffusionDrafter(nn.Module):
         token_ids: NDArray[np.int64],
         lengths: NDArray[np.int64],
         block_token_ids: NDArray[np.int64],
+        added: Tensor | None = None,
     ) -> Tensor:
         """New text and a block after it, pattern "block"; the text's keys go into the cache.
 
@@ -381,7 +420,9 @@ class DiffusionDrafter(nn.Module):
         visible = visible[:, None]
         rotation = self._rotation(keys[:, slots:])
         row_index = torch.from_numpy(rows).to(device)
-        x = F.embedding(tokens, self.embedding)
+        if added is None and self.conditioning is not None:
+            added = self.conditioning.unknown.expand(len(rows), num_new, -1)
+        x = self._embed(tokens, added)
         # Of the new text, what the window will still hold.
         kept_row, kept_token = np.nonzero(~padding & (new >= after - cache.window))
         places = np.stack([rows[kept_row], new[kept_row, kept_token] % cache.window])

@@ -20,6 +20,9 @@ embedding has one row more than the head. In both cases a draft never contains t
                   that such a drafter starts from (Dream does so, too).
     "own_token"   a masked token's logits are the law of that token.
 
+`conditioned_on`, only in "block": the drafter reads hidden states of one target
+(`conditioning.py`), which the weights then hold samples of, to know it again.
+
 Architectures: `DiffusionDrafter` (ours), `DreamModel` (published; full, next_token).
 """
 
@@ -31,9 +34,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_spec_plugins.card_file import check_sizes
 from vllm_spec_plugins.errors import SpecPluginsError, did_you_mean, listed
+from vllm_spec_plugins.weight_probes import difference, read_probes
+
+from .conditioning import TargetStates
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vllm_spec_plugins.context import ModelFacts
 
 COMMAND = "vllm-spec calibrate diffusion-drafter"
@@ -50,6 +59,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 ATTENTION_PATTERNS = ("block", "full")
 PREDICTS = ("next_token", "own_token")
+
+#: Before the names of samples of the target's weights, among a conditioned drafter's own.
+PROBE = "target_states.probe."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,7 @@ class DrafterConfig:
         mask_token_id: Stands for a token not known yet.
         attention_pattern: One of `ATTENTION_PATTERNS`.
         predicts: One of `PREDICTS`.
+        conditioned_on: The target whose hidden states it reads; None: it reads text alone.
     """
 
     vocab_size: int
@@ -89,6 +102,7 @@ class DrafterConfig:
     mask_token_id: int
     attention_pattern: str
     predicts: str
+    conditioned_on: TargetStates | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DrafterConfig:
@@ -111,6 +125,11 @@ class DrafterConfig:
         theta = rope.get("rope_theta") or values.get("rope_theta")
         if theta is None:
             raise KeyError("rope_theta")
+        conditioned_on = None
+        if values.get("conditioned_on") is not None:
+            conditioned_on = TargetStates.from_json(values["conditioned_on"])
+            if values["attention_pattern"] != "block":
+                raise ValueError('conditioned_on needs attention_pattern "block"')
         config = cls(
             vocab_size=int(values["vocab_size"]),
             hidden_size=hidden,
@@ -127,6 +146,7 @@ class DrafterConfig:
             mask_token_id=int(values["mask_token_id"]),
             attention_pattern=values["attention_pattern"],
             predicts=values["predicts"],
+            conditioned_on=conditioned_on,
         )
         if not 0 <= config.mask_token_id <= config.vocab_size:
             raise ValueError(
@@ -164,10 +184,16 @@ class DrafterConfig:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         for index in range(self.num_layers):
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        if (states := self.conditioned_on) is not None:
+            width = len(states.layers) * states.hidden_size
+            shapes["target_states.projection.weight"] = (hidden, width)
+            shapes["target_states.unknown"] = (hidden,)
         return shapes
 
     def as_json(self) -> dict[str, Any]:
         """What `config.json` of a folder of ours says."""
+        states = self.conditioned_on
+        conditioned_on = {} if states is None else {"conditioned_on": states.as_json()}
         return {
             "architectures": ["DiffusionDrafter"],
             "model_type": "diffusion_drafter",
@@ -187,6 +213,7 @@ class DrafterConfig:
             "mask_token_id": self.mask_token_id,
             "attention_pattern": self.attention_pattern,
             "predicts": self.predicts,
+            **conditioned_on,
         }
 
 
@@ -244,7 +271,7 @@ def check_folder(
 
     Raises:
         SpecPluginsError: It is incomplete, of an unknown architecture, made for another tokenizer
-            or vocabulary, or for shorter contexts.
+            or vocabulary, conditioned on another target, or made for shorter contexts.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -256,6 +283,8 @@ def check_folder(
             f"`{COMMAND}` trains a drafter for this target"
         )
     _check_tokenizer(folder, facts.model)
+    if config.conditioned_on is not None:
+        _recognise(folder, config.conditioned_on, facts)
     longest = config.max_positions - facts.num_speculative_tokens
     if context_window is not None and context_window > longest:
         raise SpecPluginsError(
@@ -346,6 +375,52 @@ def _check_tokenizer(folder: Path, model: str) -> None:
     targets = _tokenizer_of_target(model)
     if targets is not None:
         check_same_tokens(folder, targets.parent)
+
+
+def _recognise(folder: Path, states: TargetStates, facts: ModelFacts) -> None:
+    """Whether a target is the one whose hidden states a drafter learned to read."""
+    sizes = {name: getattr(states, name) for name in ("hidden_size", "num_layers")}
+    advice = f"`{COMMAND}` trains a drafter for this target; one without conditioning fits any"
+    try:
+        check_sizes("diffusion drafter", states.model, sizes, facts)
+    except SpecPluginsError as error:
+        raise SpecPluginsError(f"{folder}: {error}. {advice}") from error
+    target = _folder_of_target(facts)
+    if target is None:
+        return
+    differs = difference(_probes_in(folder), read_probes(target, states.num_layers))
+    if differs is not None:
+        raise SpecPluginsError(
+            f'{folder} reads hidden states of another model ("{states.model}") than {facts.model}: '
+            f"{differs}. {advice}"
+        )
+
+
+def _probes_in(folder: Path) -> dict[str, Tensor]:
+    """Samples of the target's weights that a drafter's folder holds."""
+    from safetensors import safe_open
+
+    probes: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        with safe_open(str(file), framework="pt") as tensors:
+            probes |= {
+                name.removeprefix(PROBE): tensors.get_tensor(name)
+                for name in tensors.keys()  # noqa: SIM118  # it is no dict
+                if name.startswith(PROBE)
+            }
+    return probes
+
+
+def _folder_of_target(facts: ModelFacts) -> Path | None:
+    """Where the target's weights are; None if they are not on this machine yet."""
+    if Path(facts.model).is_dir():
+        return Path(facts.model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(facts.model, revision=facts.revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # not installed; not there; no repository's name
+        return None
 
 
 def _tokenizer_of_target(model: str) -> Path | None:

@@ -133,7 +133,7 @@ class RunnerAdapter:
                 f"{type(target.module).__name__} does not hand out hidden states between its "
                 f'layers in this vLLM, and "{self.proposer_name}" needs them with these options. '
                 'Choose a fixed exit_layer and another length_control than "del", without an '
-                "adapter."
+                "adapter; for diffusion a drafter trained without --condition-on-layers."
             )
         self.target = target
         self.proposer.load(target)
