@@ -4,9 +4,10 @@ The engine plans its next step before the last one is verified (asynchronous sch
 where nothing between verification and drafting waits for the device. A proposer that says
 `Proposer.drafts_on_device` is therefore asked with tensors, and answers with tensors: how many
 tokens a request has is known to the device alone. Model runners that keep texts on the host
-copy them over before they ask; the proposer sees no difference.
+copy them over before they ask; the proposer sees no difference. What else a proposer may need
+(`Needs`) is not to be had here, and a proposer that asks for both is refused.
 
-Shapes: R requests in the step, K the most tokens drafted for any of them, S the engine's request
+Shapes: R requests asked for, K the most tokens drafted for any of them, S the engine's request
 slots, L the most tokens of a text.
 """
 
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeviceDraftInput:
-    """One drafting step, for all R requests of the engine step; everything on one device.
+    """One drafting step of the engine, for all that may draft in it; everything on one device.
+
+    Requests whose prompt is not read yet may be among the R, and need not be.
 
     Attributes:
         token_ids: `[S, L]` int32, a row for each slot: prompt and verified output. What lies
             beyond `num_tokens` is stale.
         slots: `[R]` int64, row of each request in `token_ids`. A slot is a request's for life;
             `fresh` says when it has changed hands.
-        fresh: `[R]` bool, whether the slot's request has entered it since the last drafting step:
-            what is kept by slot must be forgotten there.
+        fresh: `[R]` bool, whether the slot's request is asked for the first time since it has
+            entered it, which it also does after a preemption: what is kept by slot must be
+            forgotten there.
         num_tokens: `[R]` int64, prompt plus verified output tokens.
         num_prompt_tokens: `[R]` int64.
         max_draft: `[R]` int64, most tokens to draft; 0 = none: the request's prompt is not read
@@ -58,7 +62,9 @@ class DeviceDraft:
 
     Attributes:
         token_ids: `[R, K]` integers on the device; a row's tokens come first, then -1. At most
-            `max_draft` tokens a row. -1 is never verified.
+            `max_draft` tokens a row; what comes after the first that is no token of the target's
+            does not count. Under asynchronous scheduling every request is verified with K tokens:
+            a -1 costs the same as a draft token, and is never accepted.
         probabilities: The law each token was drawn from, `values` `[R, K, M]`; None = the draft
             was a choice, not a draw.
     """

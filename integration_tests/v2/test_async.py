@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
+
+from vllm_spec_plugins import StepRecord, hookimpl
 
 pytestmark = [
     pytest.mark.engine,
@@ -23,11 +26,9 @@ _DRAFTS = {"num_speculative_tokens": 3}
 ON_DEVICE = {"method": "acme_on_device", **_DRAFTS}
 NGRAM = {"method": "ngram_gpu", "prompt_lookup_min": 1, "prompt_lookup_max": 3, **_DRAFTS}
 BLOCK = {"name": "lossless", "rule": "block"}
-CONFIGURATIONS = {
-    "a plugin's, token": ON_DEVICE,
-    "ngram of vLLM, block": {**NGRAM, "verifier": BLOCK},
-}
+CONFIGURATIONS = {"a plugin's, token": ON_DEVICE}
 MORE_CONFIGURATIONS = {
+    "ngram of vLLM, block": {**NGRAM, "verifier": BLOCK},
     "a plugin's, block": {**ON_DEVICE, "verifier": BLOCK},
     "a plugin's draws, token": {**ON_DEVICE, "draws": True},
     "ngram of vLLM, token": {**NGRAM, "verifier": "lossless"},
@@ -42,6 +43,31 @@ def plain(serve_v2: Any, generate: Any) -> list[list[int]]:
         return generate(llm, PROMPTS, max_tokens=MAX_TOKENS)
 
 
+class Told:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.finished: list[str] = []
+
+    @hookimpl
+    def spec_step_finished(self, step: StepRecord) -> None:
+        assert not set(step.request_ids) & set(self.finished)
+        self.steps.append(step)
+
+    @hookimpl
+    def spec_request_finished(self, request_id: str) -> None:
+        self.finished.append(request_id)
+
+    def texts(self) -> list[list[int]]:
+        """What each request was said to have emitted, in the order the requests finished."""
+        texts: defaultdict[str, list[int]] = defaultdict(list)
+        for step in self.steps:
+            for name, tokens in zip(step.request_ids, step.token_ids, strict=True):
+                texts[name] += tokens
+        return [texts[name] for name in self.finished]
+
+
 def is_asynchronous(llm: Any) -> bool:
     return llm.llm_engine.vllm_config.scheduler_config.async_scheduling
 
@@ -51,14 +77,157 @@ def is_asynchronous(llm: Any) -> bool:
     [*CONFIGURATIONS, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_CONFIGURATIONS)],
 )
 def test_greedy_texts_are_plain_decodings(
-    name: str, serve_v2: Any, plain: list[list[int]], generate: Any, drafted_by: Any, watch: Any
+    name: str,
+    serve_v2: Any,
+    plain: list[list[int]],
+    generate: Any,
+    drafted_by: Any,
+    watch: Any,
+    adapter_of: Any,
 ) -> None:
-    """Prompts come in parts, and six requests share four slots."""
+    """Prompts come in parts, six requests share four slots, and observers hear of every token."""
+    told = Told()
     with serve_v2({**CONFIGURATIONS, **MORE_CONFIGURATIONS}[name]) as llm:
         assert is_asynchronous(llm)
-        watched = watch(llm)
+        watched, adapter = watch(llm), adapter_of(llm)
+        adapter._observers.register(told)
         assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
         [tally] = drafted_by(llm).values()
+        assert len(adapter.requests) == 0
+        assert adapter._failures == 0
+    # A first token comes without a draft, and is told of beside drafts of others only; the last
+    # step may go beyond the end.
+    texts = {tuple(text) for text in plain} | {tuple(text[1:]) for text in plain}
+    for said in told.texts():
+        assert any(tuple(said[: len(text)]) == text for text in texts), said
         assert tally["accepted"] > 0
         assert tally["accepted"] < tally["drafted"]
         assert watched.chunked_prompts > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ON_DEVICE,
+        pytest.param({**ON_DEVICE, "verifier": BLOCK}, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.slow
+def test_preempted_requests_go_on_as_they_would(
+    config: dict[str, Any],
+    serve_v2: Any,
+    plain: list[list[int]],
+    generate: Any,
+    watch: Any,
+    adapter_of: Any,
+) -> None:
+    """The prompts of four requests fit into 6 blocks of 32 tokens, their texts do not."""
+    small = {"block_size": 32, "num_gpu_blocks_override": 7, "enable_prefix_caching": False}
+    with serve_v2(config, **small) as llm:
+        assert is_asynchronous(llm)
+        watched = watch(llm)
+        assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
+        assert watched.preemptions > 0
+        assert adapter_of(llm)._failures == 0
+
+
+@pytest.mark.slow
+def test_options_of_requests(
+    serve_v2: Any, plain: list[list[int]], generate: Any, drafted_by: Any, adapter_of: Any
+) -> None:
+    """A request without drafts, one with one token each, one by another verifier."""
+    options = [
+        {"spec_decode": {"enabled": False}},
+        {"spec_decode": {"num_speculative_tokens": 1}},
+        {"spec_decode": {"verifier": "lossless"}},
+        {},
+    ]
+    each = [{"extra_args": options[i % 4]} for i in range(len(PROMPTS))]
+    told = Told()
+    for config in (ON_DEVICE, NGRAM):
+        with serve_v2({**config, "verifier": "typical"}) as llm:
+            assert is_asynchronous(llm)
+            adapter_of(llm)._observers.register(told)
+            assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS, each=each) == plain
+            assert {verifier for _, verifier in drafted_by(llm)} == {"typical", "lossless"}
+    longest: defaultdict[int, int] = defaultdict(int)
+    for step in told.steps:
+        for name, count in zip(step.request_ids, step.num_draft, strict=True):
+            request = int(name.split("-")[0]) % len(PROMPTS)
+            longest[request] = max(longest[request], count)
+    assert [longest[i] for i in range(len(PROMPTS))] == [0, 1, 3, 3, 0, 1]
+
+
+@pytest.mark.slow
+def test_ends_of_texts(serve_v2: Any, generate: Any) -> None:
+    """Stop tokens, `min_tokens`, `max_tokens` and the model's length cut where they would."""
+    each = [
+        {"stop_token_ids": [2]},
+        {"stop_token_ids": [2, 5], "min_tokens": 9},
+        {"max_tokens": 1},
+        {"max_tokens": 2},
+        {"max_tokens": 100},  # 128 - 20 tokens are left
+        {"max_tokens": 123},
+    ]
+    with serve_v2() as llm:
+        wanted = generate(llm, PROMPTS, each=each)
+    for config in (ON_DEVICE, NGRAM):
+        with serve_v2({"verifier": "lossless", **config}) as llm:
+            assert is_asynchronous(llm)
+            assert generate(llm, PROMPTS, each=each) == wanted
+
+
+@pytest.mark.slow
+def test_aborted_requests_leave_nothing(
+    serve_v2: Any, plain: list[list[int]], generate: Any, adapter_of: Any
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, detokenize=False)
+    with serve_v2(ON_DEVICE) as llm:
+        for i in range(3):
+            llm.llm_engine.add_request(str(i), PROMPTS[i], params)
+        for _ in range(4):
+            llm.llm_engine.step()
+        llm.llm_engine.abort_request(["0", "2"])
+        llm.llm_engine.step()
+        llm.llm_engine.abort_request(["1"])
+        assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
+        assert len(adapter_of(llm).requests) == 0
+
+
+@pytest.mark.slow
+def test_slots_that_change_hands_are_told(serve_v2: Any, generate: Any, adapter_of: Any) -> None:
+    """The proposer counts the steps of each request by slot, and forgets where it is told to."""
+    with serve_v2(ON_DEVICE, max_num_seqs=1) as llm:
+        generate(llm, PROMPTS[:1], max_tokens=MAX_TOKENS)
+        generate(llm, PROMPTS[:1], max_tokens=2)
+        [steps] = adapter_of(llm).proposer.steps.tolist()
+    assert 0 < steps <= 4
+
+
+@pytest.mark.slow
+def test_a_failing_proposer_costs_no_request(
+    serve_v2: Any, plain: list[list[int]], generate: Any, adapter_of: Any, drafted_by: Any
+) -> None:
+    """Wrong shapes, tokens that do not exist, exceptions: texts go on without drafts."""
+    import torch
+
+    from vllm_spec_plugins import DeviceDraft
+
+    with serve_v2(ON_DEVICE) as llm:
+        adapter = adapter_of(llm)
+        proposer, asked = adapter.proposer, []
+
+        def propose_on_device(batch: Any) -> DeviceDraft:
+            asked.append(len(batch.slots))
+            if len(asked) % 3 == 0:
+                return DeviceDraft(torch.full((len(batch.slots), 5), 10_000))
+            if len(asked) % 3 == 1:
+                return DeviceDraft(torch.zeros(len(batch.slots) + 1, 3, dtype=torch.int64))
+            raise RuntimeError("acme has no idea")
+
+        proposer.propose_on_device = propose_on_device
+        assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
+        assert len(asked) > 3
+        assert all(tally["drafted"] == 0 for tally in drafted_by(llm).values())

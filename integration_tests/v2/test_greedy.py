@@ -172,6 +172,21 @@ def test_greedy_texts_are_those_of_runner_v1(
     assert json.loads(line.removeprefix("TEXTS")) == plain
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("acme_methods")
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_proposer_on_the_device_is_served_synchronously_too(
+    draws: bool, serve_v2: Any, plain: list[list[int]], generate: Any, drafted_by: Any
+) -> None:
+    """Beside a length controller, say: with a copy of the texts."""
+    config = {"method": "acme_on_device", "draws": draws, **_DRAFTS}
+    with serve_v2({**config, "length_control": "additive"}) as llm:
+        assert not llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        assert generate(llm, as_prompts(), max_tokens=MAX_TOKENS) == plain
+        [tally] = drafted_by(llm).values()
+        assert 0 < tally["accepted"] < tally["drafted"]
+
+
 def test_options_of_requests(
     serve_v2: Any, plain: list[list[int]], generate: Any, drafted_by: Any
 ) -> None:

@@ -1,26 +1,39 @@
 """How often a decoding step on model runner V2 waits for the device, counted in the code.
 
 On a GPU each of these calls waits until everything before it has run: reading a tensor on the
-host, and asking which elements of it are not zero. Here both are the CPU, and the calls are
-counted by the file of ours that makes them.
+host, and asking which elements of it are not zero, which picking rows by booleans does too. Here
+both are the CPU, and the calls are counted by the file of ours that makes them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = [pytest.mark.engine, pytest.mark.v2]
 
-#: Methods of a tensor that wait for its device.
-WAITING = ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-OURS = ("engine", "proposers", "verifiers", "triton_kernels", "vllm_spec_plugins")
+#: Methods of a tensor that wait for its device, and of which torch's dispatcher hears nothing.
+METHODS = ("tolist", "cpu")
+#: Operations that do.
+OPERATIONS = ("_local_scalar_dense", "masked_select", "nonzero")
+INDEXING = ("index", "index_put", "index_put_")
+OURS = (
+    "acme_spec_methods",
+    "engine",
+    "proposers",
+    "triton_kernels",
+    "verifiers",
+    "vllm_spec_plugins",
+)
+TORCH = str(Path(torch.__file__).parent)
 PROMPT = [3, 4, 5, 6, 3, 4, 5]
 
 EARLY_EXIT = {"method": "early_exit", "exit_layer": 2, "num_speculative_tokens": 3}
@@ -29,27 +42,50 @@ NGRAM_ADAPTIVE = {
     "min_acceptance": 0.05,
     "num_speculative_tokens": 3,
 }
+ON_DEVICE = {"method": "acme_on_device", "num_speculative_tokens": 3}
+BLOCK = {"name": "lossless", "rule": "block"}
+
+
+class Operations(TorchDispatchMode):
+    """Tells of operations that wait: `count` is called at each."""
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in INDEXING else ()
+        if name in OPERATIONS or any(i is not None and i.dtype == torch.bool for i in indices):
+            self._count()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def waits_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Waits by name of the file of ours that called, until the context ends."""
-    import torch
-
     counted: Counter[str] = Counter()
     counting = True
 
+    def count() -> None:
+        frame = sys._getframe(1)
+        while (name := frame.f_code.co_filename).startswith(TORCH) or name == __file__:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        caller = Path(name)
+        if counting and caller.parent.name in OURS:
+            counted[caller.name] += 1
+
     def counting_calls(original: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            caller = Path(sys._getframe(1).f_code.co_filename)
-            if counting and caller.parent.name in OURS:
-                counted[caller.name] += 1
+            count()
             return original(self, *args, **kwargs)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in WAITING:
+    with monkeypatch.context() as patch, Operations(count):
+        for name in METHODS:
             patch.setattr(torch.Tensor, name, counting_calls(getattr(torch.Tensor, name)))
         yield counted
         counting = False
@@ -64,8 +100,19 @@ def waits_of_a_step(llm: Any, monkeypatch: pytest.MonkeyPatch, **sampling: Any) 
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": [*PROMPT, 7 + i]}, params)
     for _ in range(3):  # a prompt, a first draft, a step like all that follow
         llm.llm_engine.step()
-    with waits_counted(monkeypatch) as counted:
+    schedule, steps = llm.llm_engine.engine_core.engine_core.scheduler.schedule, []
+
+    def watched_schedule(*args: Any) -> Any:
+        steps.append(schedule(*args))
+        return steps[-1]
+
+    with monkeypatch.context() as patch, waits_counted(monkeypatch) as counted:
+        patch.setattr(
+            llm.llm_engine.engine_core.engine_core.scheduler, "schedule", watched_schedule
+        )
         llm.llm_engine.step()
+    [step] = steps
+    assert len(step.scheduled_spec_decode_tokens) == 3
     llm.llm_engine.abort_request([str(i) for i in range(3)])
     llm.llm_engine.step()
     return counted
@@ -89,10 +136,39 @@ def test_a_draft_of_the_host_waits_for_what_was_emitted_only(
     assert counted == {"v2_runner.py": 1}
 
 
+@pytest.mark.parametrize(
+    ("config", "temperature"),
+    [
+        ({**ON_DEVICE, "draws": True}, 1.0),
+        pytest.param(ON_DEVICE, 0.0, marks=pytest.mark.slow),
+        pytest.param({**ON_DEVICE, "verifier": BLOCK}, 0.0, marks=pytest.mark.slow),
+        pytest.param({**ON_DEVICE, "draws": True, "verifier": BLOCK}, 1.0, marks=pytest.mark.slow),
+        pytest.param(
+            {"method": "draft_model", "num_speculative_tokens": 3, "verifier": "lossless"},
+            1.0,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+@pytest.mark.usefixtures("acme_methods", "asynchronous")
+def test_nothing_waits_under_asynchronous_scheduling(
+    config: dict[str, Any], temperature: float, serve_v2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_v2(config) as llm:
+        assert not waits_of_a_step(llm, monkeypatch, temperature=temperature)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("acme_methods", "asynchronous")
+def test_a_proposer_that_looks_is_seen(serve_v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    with serve_v2({**ON_DEVICE, "looks": True}) as llm:
+        counted = waits_of_a_step(llm, monkeypatch, temperature=0.0)
+    assert counted == {"on_device.py": 1}
+
+
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: requests of one verifier are picked with two looks at the device."""
-    import torch
-
     from vllm_spec_plugins.verifier import VerifyInput
 
     batch = VerifyInput(

@@ -43,6 +43,15 @@ CONFIGURATIONS = {
 }
 
 
+ON_DEVICE = {"method": "acme_on_device", "draws": True, **_DRAFTS}
+ASYNCHRONOUS = {
+    "on the device, token": ON_DEVICE,
+    "on the device, block": {**ON_DEVICE, "verifier": BLOCK},
+    "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
+    "draft_model of vLLM, block": {**DRAFT_MODEL, "verifier": BLOCK},
+}
+
+
 @pytest.fixture(scope="module")
 def law(narrow_models: tuple[Path, Path]) -> Tensor:
     """`[V, V, V]` joint law of the first three tokens at temperature 1."""
@@ -102,7 +111,23 @@ def many(serve_v2: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_law_is_the_targets(
     name: str, many: Any, law: Tensor, generate: Any, drafted_by: Any
 ) -> None:
-    with many(CONFIGURATIONS[name]) as llm:
+    holds_to_the_law(CONFIGURATIONS[name], many, law, generate, drafted_by)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("acme_methods", "asynchronous")
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_the_law_is_the_targets_under_asynchronous_scheduling(
+    name: str, many: Any, law: Tensor, generate: Any, drafted_by: Any
+) -> None:
+    """The plugin's drafts have 0 to 3 tokens, by their place in the text; all are padded to 3."""
+    holds_to_the_law(ASYNCHRONOUS[name], many, law, generate, drafted_by)
+
+
+def holds_to_the_law(
+    config: dict[str, Any], many: Any, law: Tensor, generate: Any, drafted_by: Any
+) -> None:
+    with many(config) as llm:
         found = fits(llm, generate, law)
         [tally] = drafted_by(llm).values()
     assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))

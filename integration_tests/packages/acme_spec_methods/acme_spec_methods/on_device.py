@@ -85,7 +85,8 @@ class OnDevice(Proposer):
         )
         tokens = torch.searchsorted(law.cumsum(1), u.float()).clamp(max=law.shape[1] - 1)
         wanted = torch.minimum(batch.num_tokens % (width + 1), batch.max_draft)
-        tokens[torch.arange(width, device=texts.device) >= wanted.unsqueeze(1)] = -1
+        beyond = torch.arange(width, device=texts.device) >= wanted.unsqueeze(1)
+        tokens = tokens.masked_fill(beyond, -1)
         law = law.unsqueeze(1).expand(-1, width, -1)
         sampled = (batch.temperatures > 0).unsqueeze(1).expand(-1, width)
         return DeviceDraft(tokens, DraftProbabilities(law, None, sampled))
