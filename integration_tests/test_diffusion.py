@@ -44,11 +44,18 @@ Begun = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def begun_as(tmp_path_factory: pytest.TempPathFactory) -> Begun:
-    """`begun_as(llama_folder, pattern)`: folder of a drafter with a causal model's weights."""
+    """`begun_as(llama_folder, pattern)`: folder of a drafter with a causal model's weights.
+
+    With a `target` it makes a little of that model's hidden states, after all layers but the last.
+    """
     from safetensors.torch import load_file, save_file
 
-    def begun_as(source: Path, pattern: str = "block") -> str:
+    def begun_as(source: Path, pattern: str = "block", target: Path | None = None) -> str:
         import torch
+
+        from vllm_spec_plugins.diffusion.conditioning import TargetStates
+        from vllm_spec_plugins.diffusion.folder import PROBE
+        from vllm_spec_plugins.weight_probes import read_probes
 
         config = json.loads((source / "config.json").read_text())
         config |= {
@@ -63,6 +70,19 @@ def begun_as(tmp_path_factory: pytest.TempPathFactory) -> Begun:
         embedding = weights["model.embed_tokens.weight"]
         mask = embedding.mean(dim=0, keepdim=True)
         weights["model.embed_tokens.weight"] = torch.cat([embedding, mask])
+        if target is not None:
+            sizes = json.loads((target / "config.json").read_text())
+            layers, width = sizes["num_hidden_layers"], sizes["hidden_size"]
+            states = TargetStates(target.name, None, layers, width, tuple(range(1, layers)))
+            config["conditioned_on"] = states.as_json()
+            hidden = config["hidden_size"]
+            spread = 0.1 * embedding.std() / (len(states.layers) * width) ** 0.5
+            generator = torch.Generator().manual_seed(1)
+            added = torch.randn(hidden, len(states.layers) * width, generator=generator) * spread
+            weights["target_states.projection.weight"] = added
+            weights["target_states.unknown"] = torch.randn(hidden, generator=generator) * spread
+            probes = read_probes(target, layers)
+            weights |= {PROBE + name: probe for name, probe in probes.items()}
         folder = tmp_path_factory.mktemp("drafter")
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
@@ -126,6 +146,91 @@ def test_a_drafter_of_another_model_is_refused(
         pass
 
 
+def test_a_conditioned_drafter_is_refused_beside_another_target(
+    begun_as: Begun, random_model: Path, exiting_model: Path, serve_offline: Callable[..., Any]
+) -> None:
+    """Of the same sizes; before a weight is loaded."""
+    config = config_of(begun_as(random_model, target=random_model))
+    with (
+        pytest.raises(SpecPluginsError, match="reads hidden states of another model"),
+        serve_offline(config, model=str(exiting_model), skip_tokenizer_init=True),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_target_that_hands_out_no_states_is_refused(
+    begun_as: Begun, random_model: Path, tmp_path: Path, serve_offline: Callable[..., Any]
+) -> None:
+    import transformers
+
+    target = tmp_path / "target"
+    transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
+        )
+    ).save_pretrained(target)
+    config = config_of(begun_as(random_model, target=target))
+    with (
+        pytest.raises(SpecPluginsError, match="trained without --condition-on-layers"),
+        serve_offline(config, model=str(target), skip_tokenizer_init=True),
+    ):
+        pass
+
+
+# --- the target's states --------------------------------------------------------------------------
+
+
+def test_states_of_the_text_reach_a_conditioned_drafter(
+    begun_as: Begun,
+    pico_model: Path,
+    serve_offline: Callable[..., Any],
+    generate: Callable[..., list[list[int]]],
+    prompts: list[dict[str, list[int]]],
+    drafted_by: Callable[..., Any],
+    adapter_of: Callable[..., Any],
+) -> None:
+    """They are what transformers computes for it; greedy texts are those written without drafts."""
+    import torch
+
+    from vllm_spec_plugins.calibration.hugging_face import LocalModel
+
+    config = config_of(begun_as(pico_model, target=pico_model))
+    plain: dict[str, Any] = {"extra_args": {"spec_decode": {"enabled": False}}}
+    some = prompts[:4]
+    with serve_offline(
+        config, model=str(pico_model), skip_tokenizer_init=True, enable_prefix_caching=False,
+        max_num_batched_tokens=96,
+    ) as llm:  # fmt: skip
+        wanted = generate(llm, some, max_tokens=24, each=[plain] * len(some))
+        assert generate(llm, some, max_tokens=24) == wanted
+        [tally] = drafted_by(llm).values()
+        [text] = generate(llm, some[-1:], max_tokens=24)
+        proposer = adapter_of(llm).proposer
+        [row] = proposer._row_of.values()
+        kept, held = proposer._states.kept[row].clone(), proposer._states.held[row].clone()
+        read, conditioning = proposer._drafter.config.conditioned_on, proposer._drafter.conditioning
+    assert tally["accepted"] > 10
+    assert tally["drafted"] - tally["accepted"] > 10
+    whole = torch.tensor([[*some[-1]["prompt_token_ids"], *text]])
+    states = LocalModel.load(pico_model).layer_states(whole, read.layers)
+    expected = conditioning.project([states[layer][0] for layer in read.layers])
+    position = held[held >= 0]
+    # The last token, and drafts behind it, were never computed, or not accepted in time to count.
+    assert sorted(position.tolist())[: whole.shape[1] - 5] == list(range(whole.shape[1] - 5))
+    there = position < whole.shape[1]
+    torch.testing.assert_close(
+        kept[held >= 0][there], expected[position[there]], rtol=1e-3, atol=1e-3 * expected.std()
+    )
+
+
 # --- greedy texts -------------------------------------------------------------------------------
 
 
@@ -159,6 +264,8 @@ GREEDY: dict[str, dict[str, Any]] = {
     "path, adaptive": {"drafts": "path", "length_control": ADAPTIVE},
     "two steps": {"denoising_steps": 2, "block_size": 6},
     "full": {"pattern": "full", "context_window": 30},
+    "conditioned": {"conditioned": True, "context_window": 50},
+    "conditioned, two steps, path": {"conditioned": True, "denoising_steps": 2, "drafts": "path"},
     "confidence": {"length_control": {"name": "confidence", "threshold": 0.01}, "verifier": BLOCK},
 }
 
@@ -181,7 +288,8 @@ def test_greedy_text_is_plain_decodings(
 ) -> None:
     """With preemption, chunked prompts, prefix hits, and requests that do not draft."""
     options = dict(GREEDY[name])
-    model = begun_as(random_model, options.pop("pattern", "block"))
+    target = random_model if options.pop("conditioned", False) else None
+    model = begun_as(random_model, options.pop("pattern", "block"), target)
     each = [{"extra_args": {"spec_decode": WISHES[i % 4]}} for i in range(len(prompts))]
     with serve_offline(config_of(model, **options), **TIGHT) as llm:
         watched = watch(llm)
@@ -249,6 +357,8 @@ LAW: dict[str, dict[str, Any]] = {
     "sampled, two steps, compact": {"denoising_steps": 2, "draft_top_k": 5},
     "path": {"drafts": "path"},
     "path, adaptive": {"drafts": "path", "length_control": ADAPTIVE},
+    "conditioned": {"conditioned": True},
+    "conditioned, two steps": {"conditioned": True, "denoising_steps": 2},
 }
 
 
@@ -289,7 +399,9 @@ def test_the_law_is_plain_decodings(
     drafted_by: Callable[..., Any],
 ) -> None:
     """Chi-square of the first tokens' joint laws, some requests not drafting beside them."""
-    config = config_of(begun_as(narrow_models[1]), **LAW[name])
+    options = dict(LAW[name])
+    target = narrow_models[0] if options.pop("conditioned", False) else None
+    config = config_of(begun_as(narrow_models[1], target=target), **options)
     if tight:
         engine = serve_offline(
             config,
@@ -384,7 +496,7 @@ known_output.__module__ = "__main__"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", ["sampled", "path"])
+@pytest.mark.parametrize("drafts", ["sampled", "path", "conditioned"])
 def test_two_ranks_decode_what_one_decodes(
     drafts: str,
     serve_offline: Callable[..., Any],
@@ -394,7 +506,10 @@ def test_two_ranks_decode_what_one_decodes(
     prompts: list[dict[str, list[int]]],
 ) -> None:
     """Each has the drafter whole; they draw the same tokens and never ask each other."""
-    config = config_of(begun_as(exiting_model), drafts=drafts, length_control=ADAPTIVE)
+    conditioned = drafts == "conditioned"
+    model = begun_as(exiting_model, target=exiting_model if conditioned else None)
+    options = {} if conditioned else {"drafts": drafts}
+    config = config_of(model, **options, length_control=ADAPTIVE)
     samplings: list[dict[str, Any]] = [
         {},
         {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 3},

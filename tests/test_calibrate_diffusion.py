@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -25,7 +27,13 @@ from vllm_spec_plugins.calibration.diffusion_evaluation import (
     evaluate_causal,
     write_texts,
 )
-from vllm_spec_plugins.calibration.diffusion_start import Sizes, anew, from_model, mask_token_of
+from vllm_spec_plugins.calibration.diffusion_start import (
+    Sizes,
+    anew,
+    conditioned,
+    from_model,
+    mask_token_of,
+)
 from vllm_spec_plugins.calibration.diffusion_training import (
     DiffusionRecipe,
     TrainedDrafter,
@@ -38,6 +46,7 @@ from vllm_spec_plugins.calibration.masked_blocks import Blocks, draw_blocks, mas
 from vllm_spec_plugins.calibration.texts import Corpus, TextTokenizer, windows
 from vllm_spec_plugins.cli.main import app
 from vllm_spec_plugins.context import ModelFacts
+from vllm_spec_plugins.diffusion.conditioning import TargetStates
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 from vllm_spec_plugins.diffusion.folder import check_folder
 from vllm_spec_plugins.errors import SpecPluginsError
@@ -80,6 +89,12 @@ def written(target: LocalModel, text: NDArray[np.int64]) -> Written:
 
 def start(target: LocalModel) -> DiffusionDrafter:
     return from_model(target, 1, mask_token_id=3)
+
+
+def reader(target: LocalModel) -> DiffusionDrafter:
+    """Conditioned on both layers of the target."""
+    states = TargetStates("tiny", None, target.num_layers, target.hidden_size, (1, 2))
+    return conditioned(start(target), states)
 
 
 class TestStart:
@@ -252,6 +267,25 @@ class TestLoss:
         logits = target.module(input_ids=tokens).logits
         torch.testing.assert_close(law(torch.tensor([33])), logits[1, 1:2].softmax(-1))
 
+    def test_a_conditioned_drafter_learns_to_read_states(
+        self, target: LocalModel, text: NDArray[np.int64]
+    ) -> None:
+        """At first as good as one without; every weight has a gradient, also for labels of text."""
+        blocks = draw_blocks(np.full(2, 32), 20, BLOCK, np.random.default_rng(0), vary=True)
+        known = np.arange(32) >= np.array([[0], [9]])
+        for recipe in (RECIPE, dataclasses.replace(RECIPE, distil=False)):
+            found = []
+            for drafter in (start(target), reader(target)):
+                arguments = drafter, target, text[:2], blocks, 1.5, 0, recipe, known
+                loss, _ = diffusion_training._loss(*arguments)
+                loss.backward()
+                found.append(loss.item())
+            assert found[0] == pytest.approx(found[1])
+            assert drafter.conditioning is not None
+            for weight in drafter.conditioning.parameters():
+                assert weight.grad is not None
+                assert weight.grad.abs().max() > 0
+
     def test_padding_teaches_nothing(self, target: LocalModel, text: NDArray[np.int64]) -> None:
         """The same blocks of a short text, alone and in the company of padding."""
         short = text[:1, :12]
@@ -371,6 +405,16 @@ class TestEvaluation:
         assert 1 <= quality.acceptance_length[0] <= 2
         assert quality.acceptance_length == sorted(quality.acceptance_length)
 
+    def test_states_that_are_withheld(self, target: LocalModel, written: Written) -> None:
+        """A projection that matters changes what is measured, unless it is given nothing."""
+        some = dataclasses.replace(written, texts=written.texts[:2])
+        drafter = reader(target)
+        unread = evaluate(target, drafter, some, BLOCK)
+        assert drafter.conditioning is not None
+        torch.nn.init.normal_(drafter.conditioning.projection)
+        assert evaluate(target, drafter, some, BLOCK) != unread
+        assert evaluate(target, drafter, some, BLOCK, withheld=True) == unread
+
     def test_the_target_itself_drafts_everything(
         self, target: LocalModel, written: Written
     ) -> None:
@@ -415,10 +459,41 @@ class TestCommand:
         assert other.exit_code == 1
         assert "another model, text or settings" in " ".join(other.output.split())
 
+    def test_a_conditioned_drafter(self, tmp_path: Path, folder: Path) -> None:
+        """Its folder serves its target, and says which that is."""
+        output, texts = tmp_path / "drafter", tmp_path / "texts.jsonl"
+        lines = [text.text[:600] for text in itertools.islice(Corpus(["zoo"]), 60)]
+        texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        options = ["--texts", str(texts), "--output", str(output), "--layers", "1", "--block", "2"]
+        options += ["--steps", "2", "--window", "32", "--masks", "8", "--num-prompts", "2"]
+        options += ["--new-tokens", "8", "--condition-on-layers", "spread"]
+        done = _invoke(*options)
+        assert done.exit_code == 0, done.output
+        assert "With none of the target's states" in done.output
+        facts = ModelFacts(str(folder), 512, 64, 2, 256, 2)
+        states = check_folder(output, facts).conditioned_on
+        assert states is not None
+        revision = folder.name.removeprefix("tiny-")
+        assert states == TargetStates("tiny", revision, 2, 64, (1, 2))
+        weights = load_file(output / "model.safetensors")
+        assert weights["target_states.projection.weight"].abs().max() > 0
+        card = json.loads((output / "card.json").read_text())
+        assert (card["target"], card["target_revision"]) == ("tiny", revision)
+        assert card["condition_on_layers"] == [1, 2]
+        assert [part["temperature"] for part in card["held_out"]["without_states"]] == [0, 1]
+        # A fine-tuned copy of the target is another one.
+        other = tmp_path / "other"
+        shutil.copytree(folder, other)
+        tuned = load_file(folder / "model.safetensors")
+        save_file({name: w + 0.01 for name, w in tuned.items()}, other / "model.safetensors")
+        with pytest.raises(SpecPluginsError, match="reads hidden states of another model"):
+            check_folder(output, dataclasses.replace(facts, model=str(other)))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (["--layers", "3"], "layers must be 1 to 2"),
+            (["--condition-on-layers", "1,3"], "numbers of layers from 1 to 2"),
             (["--block", "256", "--new-tokens", "300"], "block must be 1 to 255"),
             (["--new-tokens", "8"], "less than a block of 16"),
             (["--new-tokens", "1985"], "positions: at most 1984"),
