@@ -8,21 +8,28 @@ negative controls, which must fail.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
 from vllm_spec_plugins.proposers.block_draws import (
     BlockDraws,
     draft_lengths,
     stop_at_confidences,
 )
-from vllm_spec_plugins.proposers.diffusion import columns_to_settle
+from vllm_spec_plugins.proposers.diffusion import (
+    Diffusion,
+    DiffusionOptions,
+    columns_to_settle,
+)
 from vllm_spec_plugins.proposers.parallel import Block, ParallelOptions, ParallelProposer
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
@@ -31,9 +38,12 @@ from vllm_spec_plugins.adaptive_draft_length import (
     AdaptiveDraftLengthOptions,
 )
 from vllm_spec_plugins.confidence_threshold import ConfidenceThreshold, ConfidenceThresholdOptions
+from vllm_spec_plugins.diffusion.conditioning import TargetStates
+from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
+from vllm_spec_plugins.diffusion.folder import DrafterConfig
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.length_control import Fixed, LengthController, LengthControlOptions
-from vllm_spec_plugins.proposer import Draft, DraftInput
+from vllm_spec_plugins.proposer import Draft, DraftInput, StepStates
 from vllm_spec_plugins.testing import goodness_of_fit, toy_context
 from vllm_spec_plugins.testing.chi_square import failures
 from vllm_spec_plugins.testing.enumeration import _law_of_text
@@ -44,7 +54,7 @@ from vllm_spec_plugins.testing.toy_problems import (
     random_problem,
     verify_input,
 )
-from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.verifier import Verification, VerifyInput
 
 K, V = 3, 4
 #: Ends a text, as far as drafting is concerned.
@@ -362,10 +372,36 @@ class Texts:
             counts.numpy()[had],
             result.accepted.numpy()[had],
         )
+        self.follow(batch, step, result)
         for column in result.token_ids.numpy().T:
             there = np.flatnonzero(column >= 0)
             history[going[there], known[going[there]]] = column[there]
             known[going[there]] += 1
+
+    def follow(self, batch: DraftInput, step: DraftedStep, result: Verification) -> None:
+        """Show the proposer what the target computed: its logits are the states of a token."""
+        if not self.proposer.needs_for(self.proposer.options):
+            return
+        drafted, places = step.counts.numpy(), np.arange(step.token_ids.shape[1] + 1)
+        computed = places <= drafted[:, None]  # [R, K + 1], the last token and the draft
+        states = self.problem.target_logits[step.contexts_of_drafts].float()
+        positions = batch.num_tokens[:, None] - 1 + places
+        flat = torch.from_numpy(computed)
+        self.proposer.follow(
+            StepStates(
+                request_ids=batch.request_ids,
+                rows=batch.rows,
+                num_scheduled=1 + drafted,
+                num_verified=1 + result.accepted.numpy(),
+                num_draft=drafted,
+                emitted=[],
+                token_ids=torch.empty(0),
+                positions=torch.from_numpy(positions)[flat],
+                layer_states={1: states[flat]},
+                temperatures=batch.temperatures,
+                streams=batch.streams,
+            )
+        )
 
 
 def wrong(proposer: ParallelProposer, control: LengthController, count: int = 30_000) -> list[str]:
@@ -396,6 +432,47 @@ CONTROLS: dict[str, Callable[[], LengthController]] = {
 @pytest.mark.parametrize("name", CONTROLS)
 def test_texts_follow_the_target(name: str, options: dict[str, Any]) -> None:
     assert not wrong(toy(**options), CONTROLS[name]())
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion drafter that makes much of the target's states, with random weights."""
+    states = TargetStates("toy", None, num_layers=1, hidden_size=V, layers=(1,))
+    config = DrafterConfig(
+        vocab_size=V, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
+        num_key_value_heads=1, head_dim=8, max_positions=32, rope_theta=1e4, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, attention_bias=False, mask_token_id=V,
+        attention_pattern="block", predicts="next_token", conditioned_on=states,
+    )  # fmt: skip
+    drafter, generator = DiffusionDrafter(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            if weight.ndim == 2:
+                weight.normal_(0, 0.6, generator=generator)
+    folder = tmp_path_factory.mktemp("drafter")
+    save_file(drafter.export(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.as_json()))
+    return folder
+
+
+def conditioned(folder: Path, count: int, **options: Any) -> Diffusion:
+    context = replace(CONTEXT, max_num_requests=count)
+    made = Diffusion(DiffusionOptions(model=str(folder), context_window=6, **options), context)
+    made.load(None)  # type: ignore[arg-type]  # the target is not asked for anything
+    return made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"denoising_steps": 2, "draft_top_k": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_texts_of_a_drafter_that_reads_states_follow_the_target(
+    options: dict[str, Any], reader: Path
+) -> None:
+    """What it drafts depends on states that come after rejections, pauses and drafts cut short."""
+    count = 8_000
+    assert not wrong(conditioned(reader, count, **options), CONTROLS["confidence"](), count)
 
 
 @pytest.mark.slow

@@ -49,6 +49,11 @@ if TYPE_CHECKING:
 #: Share of windows in which the states of a first part, of random length, are withheld.
 _WITHHELD = 0.25
 
+#: Learning rate of the projection of states over that of the layers' matrices, for an embedding of
+#: spread 1. What Muon adds does not depend on the gradient's size, and this matrix begins at zero
+#: beside the embedding: at the full rate, what it adds soon drowned the tokens.
+_STATES_RATE = 0.5
+
 #: Told after every step: steps done, mean divergence of the blocks' tokens in nats.
 OnStep = Callable[[int, float], None]
 
@@ -376,12 +381,18 @@ def _text_law(target: LocalModel, token_ids: NDArray[np.int64]) -> Callable[[Ten
 
 
 def _optimizers(drafter: DiffusionDrafter, recipe: DiffusionRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and biases."""
+    """Muon for matrices but embedding and head, AdamW for these, for norms and biases."""
     matrices = drafter.matrices()
     inside = {id(parameter) for parameter, _ in matrices}
     others = [parameter for parameter in drafter.parameters() if id(parameter) not in inside]
+    muon = Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)
+    if drafter.conditioning is not None:
+        spread = drafter.embedding.detach().std().item()
+        for group in muon.param_groups:
+            if group["params"][0] is drafter.conditioning.projection:
+                group["lr"] *= _STATES_RATE * spread
     optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay),
+        muon,
         torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     for optimizer in optimizers:
