@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.vocabulary_passes import is_compiled, kernels
 
 from .law_entries import draft_entries, draft_laws, target_entries
 
@@ -112,16 +113,40 @@ class CodeClusters:
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M, V]` r at some of the N rows; p where that is nothing: a rejection by rounding."""
         p = torch.softmax(batch.target_logits.index_select(0, rows), dim=-1)
-        weights = p - draft_laws(batch, rows)
+        if batch.draft_probabilities is None:
+            weights = self._outside_clusters(p, batch.draft_token_ids[rows])
+        else:
+            weights = p - draft_laws(batch, rows)
+            self._keep_shares(weights, p)
+        empty = (weights.sum(dim=-1) <= 0).nonzero().squeeze(1)
+        if len(empty):
+            weights[empty] = torch.softmax(batch.target_logits[rows[empty]], dim=-1)
+        return weights
+
+    def _outside_clusters(self, p: Tensor, token_ids: Tensor) -> Tensor:
+        """`[M, V]` r after choices: p, overwritten, without the cluster of one token per row."""
+        codes = token_ids - self.first
+        inside = ((codes >= 0) & (codes < len(self.of_code))).unsqueeze(1)
+        cluster = self.members[self.of_code[torch.where(inside.squeeze(1), codes, 0)]]
+        own = token_ids.clamp(min=0).unsqueeze(1)
+        columns = torch.where(inside & (cluster >= 0), cluster + self.first, own)  # [M, size]
+        # A token that is excluded, or none, stands for no cluster.
+        counts = (p.gather(1, own) > 0) & (token_ids >= 0).unsqueeze(1)
+        return p.scatter_(1, columns, torch.where(counts, 0, p.gather(1, columns)))
+
+    def _keep_shares(self, weights: Tensor, p: Tensor) -> None:
+        """Make r of p - q, `[M, V]`, in place."""
+        if is_compiled(weights):
+            kernels().keep_share_of_clusters(
+                weights.numpy(), p.numpy(), self.first, self.of_code.numpy(), len(self.members)
+            )
+            return
         here = slice(self.first, self.first + len(self.of_code))
         gap = torch.where(p[:, here] > 0, weights[:, here], 0)  # [M, C]
         weights.clamp_(min=0)
         up, left = self._sums(weights[:, here]), self._sums(gap).clamp_(min=0)
         kept = torch.where(up > 0, left / up, 0)  # [M, clusters]
         weights[:, here] *= kept[:, self.of_code]
-        empty = (weights.sum(dim=-1) <= 0).nonzero().squeeze(1)
-        weights[empty] = p[empty]
-        return weights
 
     def _sums(self, values: Tensor) -> Tensor:
         """`[M, clusters]` sums over each cluster of `[M, C]` values."""

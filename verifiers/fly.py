@@ -34,9 +34,10 @@ from vllm_spec_plugins.verifier import (
     assemble,
     draw_next,
     exact_acceptance,
+    greedy_tokens,
     leading_run,
 )
-from vllm_spec_plugins.vocabulary_passes import top_entries
+from vllm_spec_plugins.vocabulary_passes import largest_entries
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import EngineContext, ModelFacts
@@ -94,9 +95,17 @@ class Fly(RelaxedRule):
     def verify(self, batch: VerifyInput) -> Verification:
         exact = exact_acceptance(batch)
         matches = exact > 0 if batch.all_greedy else batch.uniforms(Purpose.ACCEPT) < exact
-        forgiveness = self._forgiveness(batch, exact)
-        agrees = self._windows(batch, matches)[:, :, 1:].all(dim=2)
-        forgiven = ~matches & (forgiveness > 0) & _of_tokens(batch, agrees)
+        agrees = _of_tokens(batch, self._windows(batch, matches)[:, :, 1:].all(dim=2))
+        # Behind a mismatch that disagreement follows nothing is looked at.
+        reach = leading_run(batch, matches | agrees)
+        if batch.all_greedy and not (agrees & ~matches).any():
+            verification = Verification(greedy_tokens(batch, reach), reach, torch.zeros_like(exact))
+            self.pay(batch, verification)
+            return verification
+        forgiveness = self._forgiveness(
+            batch, exact, batch.index_in_draft <= reach[batch.request_of]
+        )
+        forgiven = ~matches & (forgiveness > 0) & agrees
         accepted = leading_run(batch, matches | forgiven)
         # Tokens in a window were accepted with the mismatch before it: no price of their own.
         priced = batch.index_in_draft <= accepted[batch.request_of]
@@ -131,11 +140,22 @@ class Fly(RelaxedRule):
         law[:, width] += owed[:, 0]
         return law
 
-    def _forgiveness(self, batch: VerifyInput, exact: Tensor) -> Tensor:
-        """`[N]` probability that each token is a mismatch that is forgiven."""
+    def _forgiveness(
+        self, batch: VerifyInput, exact: Tensor, among: Tensor | None = None
+    ) -> Tensor:
+        """`[N]` probability that each token is a mismatch that is forgiven.
+
+        Args:
+            batch: The step.
+            exact: `[N]` what the exact rule accepts with.
+            among: `[N]` bool, tokens that it is asked about: 0 for others. None: about all.
+        """
         agrees = self._windows(batch, exact)[:, :, 1:].prod(dim=2)
         forgiveness = (1 - exact) * _of_tokens(batch, agrees)
-        forgivable = self._forgivable(batch, forgiveness > 0)
+        asked = forgiveness > 0
+        if among is not None:
+            asked &= among
+        forgivable = self._forgivable(batch, asked)
         return torch.where(forgivable, forgiveness, torch.zeros_like(forgiveness))
 
     def _forgivable(self, batch: VerifyInput, among: Tensor) -> Tensor:
@@ -149,8 +169,8 @@ class Fly(RelaxedRule):
                 self.options.entropy_threshold
             )
         rows = among.nonzero().squeeze(1)
-        logits = batch.target_logits.index_select(0, rows)
-        best, _ = top_entries(logits, min(self.options.entropy_top_k, logits.shape[1]))
+        count = min(self.options.entropy_top_k, batch.target_logits.shape[1])
+        best = largest_entries(batch.target_logits, rows, count)
         p = (best - batch.target_log_normaliser_at(rows).unsqueeze(1)).exp()
         undecided = torch.special.entr(p).sum(dim=1) >= self.options.entropy_threshold
         return among.index_copy(0, rows, undecided)

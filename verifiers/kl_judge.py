@@ -24,7 +24,7 @@ from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import row_products, rows_apart
+from vllm_spec_plugins.vocabulary_passes import divergence_of_rows
 
 
 class KLJudgeOptions(RelaxedOptions):
@@ -102,25 +102,9 @@ def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
     """
     law = batch.draft_probabilities
     assert law is not None
-    logits, ids = batch.target_logits, batch.draft_token_ids
-    log_normaliser = batch.target_log_normaliser_at(rows)
-    whole = law.vocabulary is None and law.values.shape[1] == logits.shape[1]
-    # Row by row where they are wide: a law and its logarithm stay in cache, and none is copied.
-    parts = [slice(row, row + 1) for row in rows.tolist()] if rows_apart(logits) else [rows]
-    p, log_q, means = logits.new_empty(0), logits.new_empty(0), []
-    for part, shift in zip(parts, log_normaliser.chunk(len(parts)), strict=True):
-        here = torch.arange(part.start, part.stop) if isinstance(part, slice) else part
-        q = law.values[part] if whole else law.dense(here, ids[here], logits.shape[1])
-        torch.sub(logits[part], shift.unsqueeze(1), out=p.resize_(0)).exp_()
-        torch.log(q.to(p.dtype), out=log_q.resize_(0))
-        # sum p log p - sum p log q, with log p = l - log Z.
-        means.append(row_products(p, logits[part]) - row_products(p, log_q))
-    result = torch.cat(means) - log_normaliser
-    # 0 times infinity, in rows where p or q is 0 somewhere.
-    rest = result.isnan().nonzero().squeeze(1)
-    if len(rest):
-        p = torch.softmax(logits.index_select(0, rows[rest]), dim=-1)
-        q = law.dense(rows[rest], ids[rows[rest]], logits.shape[1]).to(p.dtype)
-        sums = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, q).sum(dim=-1)
-        result[rest] = sums
-    return result
+    logits, shift = batch.target_logits, batch.target_log_normaliser_at(rows)
+    if law.vocabulary is None and law.values.shape == logits.shape:
+        return divergence_of_rows(logits, law.values, rows, shift)
+    q = law.dense(rows, batch.draft_token_ids[rows], logits.shape[1])
+    every = torch.arange(len(rows), device=rows.device)
+    return divergence_of_rows(logits.index_select(0, rows), q, every, shift)

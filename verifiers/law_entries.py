@@ -7,30 +7,17 @@ from torch import Tensor
 
 from vllm_spec_plugins.verifier import VerifyInput
 
-#: p(x) from here on says exactly enough by how much logits were shifted.
-_CERTAIN = 1e-20
-
 
 def target_entries(batch: VerifyInput, rows: Tensor, columns: Tensor) -> Tensor:
     """`[M, k]` p of some tokens of some rows.
-
-    p(x) of each draft token is known already: it says what the row's logits were divided by,
-    except where it is as good as 0.
 
     Args:
         batch: The step.
         rows: `[M]` int64, some of the N rows, none of a placeholder.
         columns: `[M, k]` int64 token ids.
     """
-    own = batch.draft_token_probability[rows]
-    column = batch.draft_token_ids[rows].unsqueeze(1)
-    shift = batch.target_logits[rows.unsqueeze(1), column].squeeze(1) - own.log()
-    unknown = (~(own > _CERTAIN)).nonzero().squeeze(1)
-    if len(unknown):
-        logits = batch.target_logits.index_select(0, rows[unknown])
-        shift = shift.index_copy(0, unknown, torch.logsumexp(logits, dim=-1))
-    logits = batch.target_logits[rows.unsqueeze(1), columns]
-    return torch.exp(logits - shift.unsqueeze(1))
+    shift = batch.target_log_normaliser_at(rows).unsqueeze(1)
+    return torch.exp(batch.target_logits[rows.unsqueeze(1), columns] - shift)
 
 
 def draft_entries(batch: VerifyInput, rows: Tensor, columns: Tensor) -> Tensor:

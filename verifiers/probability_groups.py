@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins.verifier import VerifyInput
-from vllm_spec_plugins.vocabulary_passes import top_entries
+from vllm_spec_plugins.vocabulary_passes import closest_columns
 
 from .law_entries import draft_entries, target_entries
 
@@ -37,23 +37,15 @@ def group_of(
         size: G, at least 2.
         max_difference: Of probabilities.
     """
-    first, end = image_tokens
-    logits = batch.target_logits[:, first:end].index_select(0, rows)  # [M, C], a copy
-    own = (batch.draft_token_ids[rows] - first).unsqueeze(1)
-    here = logits.gather(1, own)
-    above_count = min(size // 2, logits.shape[1])
-    below_count = min(size - size // 2 - 1, logits.shape[1])
-    # 1 / (l(y) - l(x)) is largest just above x and smallest just below it; equals of x are
-    # infinite, excluded tokens 0. Masks over the vocabulary would cost several times as much.
-    closeness = logits.sub_(here).reciprocal_().scatter_(1, own, 0)
-    above, above_ids = top_entries(closeness, above_count)
-    below, below_ids = top_entries(closeness, below_count, largest=False)
-    ids = torch.cat([above_ids, own, below_ids], dim=1)
+    own = batch.draft_token_ids[rows]
+    counts = size // 2, size - size // 2 - 1
+    above, below = closest_columns(batch.target_logits, rows, own, image_tokens, counts)
+    ids = torch.cat([own.unsqueeze(1), above, below], dim=1)
     own_p = batch.draft_token_probability[rows].unsqueeze(1)
-    near = (target_entries(batch, rows, ids + first) - own_p).abs() < max_difference
-    near &= torch.cat([above > 0, own >= 0, below < 0], dim=1)
-    near[:, above_count] = True  # x itself
-    return torch.where(near, ids + first, ids.new_full((), -1))
+    near = (target_entries(batch, rows, ids.clamp(min=0)) - own_p).abs() < max_difference
+    near &= ids >= 0
+    near[:, 0] = True  # x itself
+    return torch.where(near, ids, ids.new_full((), -1))
 
 
 def group_acceptance(batch: VerifyInput, rows: Tensor, groups: Tensor) -> Tensor:

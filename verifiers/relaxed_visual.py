@@ -198,10 +198,26 @@ class RelaxedVisual(RelaxedRule):
             return stands.index_copy(0, inside, self._clusters.greedy_acceptance(batch, image_rows))
         if self._neighbours is None:
             return stands
-        own = batch.draft_token_probability[image_rows]
-        most_likely = batch.greedy_token_ids[image_rows].unsqueeze(1)
-        best = target_entries(batch, image_rows, most_likely).squeeze(1)
-        return stands.index_copy(0, inside, own + self._borrowed(batch, image_rows) >= best)
+        could = self._could_be_most(batch, image_rows)
+        rows = image_rows[could]
+        columns = torch.stack([batch.draft_token_ids[rows], batch.greedy_token_ids[rows]], dim=1)
+        own, best = target_entries(batch, rows, columns).T
+        wins = own + self._borrowed(batch, rows, own) >= best
+        return stands.index_copy(0, inside[could], wins)
+
+    def _could_be_most(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` bool: whether a code and all its neighbours, whatever the budget, have the most.
+
+        In units of the most likely token, so that no normaliser is needed.
+        """
+        logits, neighbours = batch.target_logits, self._neighbours_of(batch, rows)
+        best = logits[rows, batch.greedy_token_ids[rows]]
+        own = (logits[rows, batch.draft_token_ids[rows]] - best).exp()
+        lent = logits[rows.unsqueeze(1), neighbours.clamp(min=0)] - best.unsqueeze(1)
+        most = own + lent.exp_().masked_fill_(neighbours < 0, 0).sum(dim=1)
+        if self.options.rule == "lantern++":
+            most = torch.minimum(most, self._setting("factor") * own)
+        return most > 1 - 1e-4  # rounding is let pass
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         published = self._neighbours is not None and self.options.residual == "published"
@@ -223,9 +239,14 @@ class RelaxedVisual(RelaxedRule):
         """`[M, V]` weights after a rejection where the rule does not draw from [p - q]+."""
         if self._clusters is not None:
             return self._clusters.residual(batch, rows)
-        return published_residual(
-            batch, rows, self._neighbours_of(batch, rows), self._borrowed(batch, rows)
-        )
+        own = batch.draft_token_probability[rows]
+        borrowed = self._borrowed(batch, rows, own)
+        return published_residual(batch, rows, self._neighbours_of(batch, rows), borrowed)
+
+    @property
+    def _matches_exactly(self) -> bool:
+        """gsd, annealed: there is nothing to ask about greedy requests."""
+        return self._neighbours is None and self._clusters is None
 
     @property
     def draws_exact_residual(self) -> bool:
@@ -265,12 +286,12 @@ class RelaxedVisual(RelaxedRule):
             lift = self._setting("factor") * torch.exp(-self._setting("decay") * place)
             raised = batch.draft_token_probability[rows] * lift.clamp(min=1)
         else:
-            raised = batch.draft_token_probability[rows] + self._borrowed(batch, rows)
+            own = batch.draft_token_probability[rows]
+            raised = own + self._borrowed(batch, rows, own)
         return torch.where(raised < q, raised / q, torch.ones_like(raised))
 
-    def _borrowed(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        """`[M]` what draft tokens in the image range borrow from their neighbours."""
-        own = batch.draft_token_probability[rows]
+    def _borrowed(self, batch: VerifyInput, rows: Tensor, own: Tensor) -> Tensor:
+        """`[M]` what draft tokens in the image range, of probabilities `own`, borrow."""
         if self.options.rule == "lantern":
             budget = torch.full_like(own, self._setting("budget"))
         else:

@@ -33,6 +33,8 @@ from .verifier import (
     VerifierOptions,
     VerifyInput,
     greedy_matches,
+    greedy_tokens,
+    leading_run,
     token_acceptance,
 )
 
@@ -134,23 +136,64 @@ class RelaxedRule(AcceptanceRule):
         return accept.index_copy(0, which, self.relaxed_greedy_acceptance(batch, rows[which]))
 
     def acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor | None:
-        accept = self.relaxed_acceptance_over_vocabulary(batch, rows)
-        if accept is None:
-            return None
         exact = self.exact_requests(batch)
         if exact is None:
-            return accept
+            return self.relaxed_acceptance_over_vocabulary(batch, rows)
+        exact_rows = exact[batch.request_of[rows]]
+        if exact_rows.all():
+            return None
+        accept = self.relaxed_acceptance_over_vocabulary(batch, rows)
         # [p - q]+ is the residual of the exact rule.
-        return accept.masked_fill(exact[batch.request_of[rows]].unsqueeze(1), 1.0)
+        return None if accept is None else accept.masked_fill_(exact_rows.unsqueeze(1), 1.0)
 
     def verify(self, batch: VerifyInput) -> Verification:
         if self.draws_exact_residual and can_verify_fused(batch):
             relaxation, judge = self.relaxation(batch)
             verification = verify_fused(batch, relaxation=relaxation, judge=judge)
+        elif batch.all_greedy and self._asks_rows_when_greedy:
+            verification = self._verify_greedy(batch)
         else:
             verification = super().verify(batch)
         self.pay(batch, verification)
         return verification
+
+    def _verify_greedy(self, batch: VerifyInput) -> Verification:
+        """Greedy requests: the rule is asked only about mismatches that are reached, if any."""
+        matches = batch.greedy_token_ids == batch.draft_token_ids
+        run = leading_run(batch, matches)
+        stands = matches.clone()
+        first_mismatches = (batch.first + run)[run < batch.num_draft]
+        passed = self._let_pass(batch, first_mismatches)
+        if len(passed):
+            stands[passed] = True
+            # All that follow at once: a walk would take longer than what it saves.
+            goes_on = torch.zeros_like(batch.num_draft, dtype=torch.bool)
+            goes_on[batch.request_of[passed]] = True
+            behind = ~stands & goes_on[batch.request_of]
+            stands[self._let_pass(batch, behind.nonzero().squeeze(1))] = True
+            run = leading_run(batch, stands)
+        extra = (stands & ~matches & (batch.index_in_draft < run[batch.request_of])).to(
+            batch.target_logits.dtype
+        )
+        return Verification(greedy_tokens(batch, run, relaxed=len(passed) > 0), run, extra)
+
+    def _let_pass(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """Those of some rows of greedy requests, all mismatches, that the rule accepts."""
+        ids = batch.draft_token_ids[rows]
+        open_ = (ids >= 0) & (batch.target_logits[rows, ids.clamp(min=0)] > -torch.inf)
+        exact = self.exact_requests(batch)
+        if exact is not None:
+            open_ &= ~exact[batch.request_of[rows]]
+        rows = rows[open_]
+        return rows[self.relaxed_greedy_acceptance(batch, rows)] if len(rows) else rows
+
+    @property
+    def _asks_rows_when_greedy(self) -> bool:
+        """Whether `relaxed_greedy_acceptance` is all there is to greedy requests."""
+        kind = type(self)
+        return not self._matches_exactly and (
+            kind.greedy_acceptance is RelaxedRule.greedy_acceptance
+        )
 
     @property
     def draws_exact_residual(self) -> bool:
@@ -195,4 +238,7 @@ class RelaxedRule(AcceptanceRule):
     @property
     def _matches_exactly(self) -> bool:
         kind = type(self)
-        return kind.relaxed_greedy_acceptance is RelaxedRule.relaxed_greedy_acceptance
+        return (
+            kind.relaxed_greedy_acceptance is RelaxedRule.relaxed_greedy_acceptance
+            and kind.greedy_acceptance is RelaxedRule.greedy_acceptance
+        )

@@ -25,6 +25,8 @@ from .random_numbers import Purpose, uniforms
 from .vocabulary_passes import (
     first_argmax,
     log_normaliser,
+    log_normaliser_from,
+    log_normaliser_of_rows,
     probability_and_entropy,
     probability_of,
 )
@@ -215,16 +217,13 @@ class VerifyInput:
         """`[M]` `target_log_normaliser` of some rows, from what is known of them if it can be."""
         if "target_log_normaliser" in self.__dict__:
             return self.target_log_normaliser[rows]
-        ids = self.draft_token_ids[rows].clamp(min=0)
-        own = self.target_logits[rows, ids]
-        p = torch.zeros_like(own)
-        if "draft_token_probability" in self.__dict__:
-            p = self.draft_token_probability[rows]
-        result = own - p.log()
-        # A probability this small may have lost digits.
-        unknown = (p < 1e-30).nonzero().squeeze(1)
-        result[unknown] = log_normaliser(self.target_logits.index_select(0, rows[unknown]))
-        return result
+        if "draft_token_probability" not in self.__dict__:
+            best = None
+            if self.all_greedy and "greedy_token_ids" in self.__dict__:
+                best = self.target_logits[rows, self.greedy_token_ids[rows]]
+            return log_normaliser_of_rows(self.target_logits, rows, best)
+        ids, p = self.draft_token_ids[rows].clamp(min=0), self.draft_token_probability[rows]
+        return log_normaliser_from(self.target_logits, rows, ids, p)
 
     @cached_property
     def draft_law_of_token(self) -> Tensor:
@@ -242,13 +241,27 @@ class VerifyInput:
             )
         return uniforms(self.streams, self.positions, 0, purpose)
 
-    def select(self, requests: Tensor) -> VerifyInput:
-        """The same step for some requests only: `[R']` int64 indices, ascending."""
-        chosen = torch.zeros_like(self.num_draft, dtype=torch.bool)
-        chosen[requests] = True
-        tokens = chosen[self.request_of].nonzero().squeeze(1)
+    def select(
+        self,
+        requests: Tensor,
+        tokens: Tensor | None = None,
+        on_host: NDArray[np.int64] | None = None,
+    ) -> VerifyInput:
+        """The same step for some requests only.
+
+        Args:
+            requests: `[R']` int64 indices, ascending.
+            tokens: `[N']` int64, which of the N draft tokens are theirs. None: the device is asked,
+                which waits for it.
+            on_host: `requests` on the host. None: the same.
+        """
+        if tokens is None:
+            chosen = torch.zeros_like(self.num_draft, dtype=torch.bool)
+            chosen[requests] = True
+            tokens = chosen[self.request_of].nonzero().squeeze(1)
+        if on_host is None:
+            on_host = requests.cpu().numpy()
         q = self.draft_probabilities
-        on_host = requests.cpu().numpy()  # once: every look at a device waits for it
         return VerifyInput(
             [self.request_ids[int(i)] for i in on_host],
             self.target_logits[tokens],
@@ -408,26 +421,39 @@ class AcceptanceRule(Verifier):
 
 
 def verify_exact_match(batch: VerifyInput) -> Verification:
-    """Greedy requests under exact matching, the shortest way.
+    """Greedy requests under exact matching, the shortest way."""
+    matches = in_table(batch, batch.greedy_token_ids == batch.draft_token_ids)
+    accepted = matches.cumprod(dim=1).sum(dim=1)
+    return Verification(greedy_tokens(batch, accepted), accepted)
 
-    The token after the accepted ones is the target's own, and so are the accepted ones: what
-    is emitted is the target's most likely tokens up to the first that the draft missed.
+
+def greedy_tokens(batch: VerifyInput, accepted: Tensor, *, relaxed: bool = False) -> Tensor:
+    """`[R, K+1]` int64: accepted draft tokens, the target's most likely next one, -1s.
+
+    Args:
+        batch: The step; all requests are greedy.
+        accepted: `[R]` draft tokens that stand.
+        relaxed: Whether accepted tokens may differ from the target's most likely ones.
     """
-    requests, width = len(batch.num_draft), batch.max_num_draft + 1
-    own, bonus = first_argmax(batch.target_logits), first_argmax(batch.bonus_logits)
-    if len(own) == requests * batch.max_num_draft:  # every draft is as long as the longest
-        table = torch.cat([own.view(requests, -1), bonus.unsqueeze(1)], dim=1)
-        stands = (own == batch.draft_token_ids).view(requests, -1)
-    else:
-        rows, columns = batch.request_of, batch.index_in_draft
-        table = own.new_zeros(requests, width)
-        table[rows, columns] = own
+    own, bonus = in_table(batch, batch.greedy_token_ids), first_argmax(batch.bonus_logits)
+    table = torch.cat([own, bonus.unsqueeze(1)], dim=1)
+    if len(batch.draft_token_ids) < own.numel():  # not every draft is as long as the longest
         table.scatter_(1, batch.num_draft.unsqueeze(1), bonus.unsqueeze(1))
-        stands = torch.zeros_like(table, dtype=torch.bool)
-        stands[rows, columns] = own == batch.draft_token_ids
-    accepted = stands.cumprod(dim=1).sum(dim=1)
-    behind = torch.arange(width, device=table.device) > accepted.unsqueeze(1)
-    return Verification(table.masked_fill_(behind, -1), accepted)
+    column = torch.arange(table.shape[1], device=table.device)
+    if relaxed:
+        drafts = torch.nn.functional.pad(in_table(batch, batch.draft_token_ids), (0, 1))
+        table = torch.where(column < accepted.unsqueeze(1), drafts, table)
+    return table.masked_fill_(column > accepted.unsqueeze(1), -1)
+
+
+def in_table(batch: VerifyInput, values: Tensor) -> Tensor:
+    """`[R, K]` of `[N]`: a row for each request, 0 past the end of its draft."""
+    requests, width = len(batch.num_draft), batch.max_num_draft
+    if len(values) == requests * width:  # every draft is as long as the longest
+        return values.view(requests, width)
+    table = values.new_zeros(requests, width)
+    table[batch.request_of, batch.index_in_draft] = values
+    return table
 
 
 def token_acceptance(batch: VerifyInput) -> Tensor:
@@ -505,9 +531,7 @@ def residual_weights(
 
 def leading_run(batch: VerifyInput, stands: Tensor) -> Tensor:
     """`[R]` how many draft tokens stand before the first that does not. `stands`: `[N]` bool."""
-    table = stands.new_zeros(len(batch.num_draft), batch.max_num_draft + 1)
-    table[batch.request_of, batch.index_in_draft] = stands
-    return table.long().cumprod(dim=1).sum(dim=1)
+    return in_table(batch, stands).cumprod(dim=1).sum(dim=1)
 
 
 def draw_next(

@@ -8,6 +8,8 @@ so its result does not depend on which rows share the batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 17
 #: Columns of a row that take longer than the call that works on them.
 _WIDE = 2048
+#: A probability below this may have lost digits.
+_FEW_DIGITS = 1e-30
 #: Columns of which only the best is looked at first, where a few of many are wanted.
 _SPAN = 128
 
@@ -64,41 +68,96 @@ def probability_and_entropy(
         `[rows]` softmax at one token per row, and `[rows]` entropy of the softmax, in nats; 0
         where it is not asked for.
     """
+    column = token_ids.unsqueeze(1)
+    if is_compiled(logits):
+        probability = probability_of(logits, token_ids)
+        rows = (~(probability > up_to)).nonzero().squeeze(1)  # what is no number is looked at
+        shift = log_normaliser_from(logits, rows, token_ids[rows], probability[rows])
+        entropy = torch.zeros_like(probability)
+        return probability, entropy.index_copy_(0, rows, entropy_of_rows(logits, rows, shift))
     probability, mean = logits.new_empty(len(logits)), logits.new_zeros(len(logits))
-    law, column = logits.new_empty(0), token_ids.unsqueeze(1)
+    law = logits.new_empty(0)
     for block in row_blocks(len(logits), logits):
         torch.softmax(logits[block], dim=-1, out=law.resize_(0))
-        of_token = law.gather(1, column[block]).squeeze(1)
-        probability[block] = of_token
-        if up_to >= 1 or not rows_apart(logits):
-            mean[block] = row_products(law, logits[block])
-            continue
-        for row, p in enumerate(of_token.tolist()):
-            if not p > up_to:  # what is no number is looked at
-                at = slice(block.start + row, block.start + row + 1)
-                mean[at] = row_products(law[row : row + 1], logits[at])
+        probability[block] = law.gather(1, column[block]).squeeze(1)
+        mean[block] = torch.linalg.vecdot(law, logits[block])
     # -sum p log p = log Z - sum p l, with log Z = l - log p at any token.
     entropy = logits.gather(1, column).squeeze(1) - probability.log() - mean
     # 0 times -inf; or a probability so small that it may have lost digits.
     asked = ~(probability > up_to)
-    rest = (asked & (mean.isnan() | (probability < 1e-30))).nonzero().squeeze(1)
-    for block in row_blocks(len(rest), logits):
-        log_law = torch.log_softmax(logits.index_select(0, rest[block]), dim=-1)
-        log_law.clamp_(min=torch.finfo(logits.dtype).min)
-        entropy[rest[block]] = -row_products(log_law.exp(), log_law)
+    rest = (asked & (mean.isnan() | (probability < _FEW_DIGITS))).nonzero().squeeze(1)
+    entropy[rest] = entropy_of_rows(logits, rest, log_normaliser(logits.index_select(0, rest)))
     return probability, torch.where(asked, entropy.clamp_(min=0), 0)
 
 
-def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """`[rows]` inner product of each row of two `[rows, V]` tensors, without a third.
+def log_normaliser_from(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, probability: Tensor
+) -> Tensor:
+    """`[M]` log sum exp of some rows, from the probability of a token of each where it can be.
 
-    numpy's takes half the time of torch's on the CPU.
+    Args:
+        logits: `[rows, V]`.
+        rows: `[M]` int64.
+        token_ids: `[M]` int64.
+        probability: `[M]` softmax of the row at that token; 0 where it is not known.
     """
-    if not rows_apart(a) or not len(a):
-        return torch.linalg.vecdot(a, b)
-    pairs = zip(a.detach().numpy(), b.detach().numpy(), strict=True)
-    with np.errstate(invalid="ignore"):  # 0 times infinity is for the caller to see
-        return a.new_tensor([np.dot(x, y) for x, y in pairs])
+    result = logits[rows, token_ids] - probability.log()
+    unknown = (~(probability >= _FEW_DIGITS)).nonzero().squeeze(1)
+    if len(unknown):
+        result[unknown] = log_normaliser_of_rows(logits, rows[unknown])
+    return result
+
+
+def log_normaliser_of_rows(logits: Tensor, rows: Tensor, largest: Tensor | None = None) -> Tensor:
+    """`[M]` log sum exp of some rows; `largest`: their largest logits, where they are known."""
+    if not is_compiled(logits):
+        return log_normaliser(logits.index_select(0, rows))
+    if largest is None:
+        largest = largest_of_rows(logits, rows)
+    sums = torch.empty_like(largest)
+    kernels().exponential_sums(logits.detach().numpy(), rows.numpy(), largest.numpy(), sums.numpy())
+    return sums.log_().add_(largest)
+
+
+def entropy_of_rows(logits: Tensor, rows: Tensor, log_normaliser: Tensor) -> Tensor:
+    """`[M]` entropy of the softmax of some rows, in nats, given their normalisers, `[M]`."""
+    result = torch.zeros_like(log_normaliser)
+    if is_compiled(logits):
+        kernels().entropies(
+            logits.detach().numpy(), rows.numpy(), log_normaliser.numpy(), result.numpy()
+        )
+        return result.clamp_(min=0)
+    for block in row_blocks(len(rows), logits):
+        log_law = logits.index_select(0, rows[block]) - log_normaliser[block].unsqueeze(1)
+        log_law.clamp_(min=torch.finfo(logits.dtype).min)
+        result[block] = -torch.linalg.vecdot(log_law.exp(), log_law)
+    return result.clamp_(min=0)
+
+
+def divergence_of_rows(logits: Tensor, law: Tensor, rows: Tensor, log_normaliser: Tensor) -> Tensor:
+    """`[M]` KL of the softmax of some rows to the same rows of a law; infinite where it misses one.
+
+    Args:
+        logits: `[rows, V]`.
+        law: `[rows, V]`.
+        rows: `[M]` int64.
+        log_normaliser: `[M]` of those rows.
+    """
+    result = torch.empty_like(log_normaliser)
+    if is_compiled(logits) and is_compiled(law):
+        kernels().divergences(
+            logits.detach().numpy(), law.detach().numpy(), rows.numpy(), log_normaliser.numpy(),
+            result.numpy(),
+        )  # fmt: skip
+        return result
+    for block in row_blocks(len(rows), logits):
+        here = rows[block]
+        log_p = logits.index_select(0, here) - log_normaliser[block].unsqueeze(1)
+        p, q = log_p.exp(), law.index_select(0, here).to(log_p.dtype)
+        # 0 times infinity is 0, in rows where p or q is 0 somewhere.
+        log_p.clamp_(min=torch.finfo(p.dtype).min)
+        result[block] = torch.linalg.vecdot(p, log_p) - torch.special.xlogy(p, q).sum(dim=-1)
+    return result
 
 
 def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
@@ -106,16 +165,28 @@ def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
     if not rows_apart(logits):
         return logits.index_select(0, rows).amax(dim=-1)
     table = logits.detach().numpy()
-    return logits.new_tensor([table[row].max() for row in rows.tolist()])
+    result = np.empty(len(rows), dtype=table.dtype)
+    for place, row in enumerate(rows.tolist()):
+        result[place] = table[row].max()
+    return torch.from_numpy(result)
 
 
 def count_above(logits: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """`[M]` int64, how many logits of some rows are above one value each, `[M]`. As above."""
-    if not rows_apart(logits):
+    if not is_compiled(logits):
         return (logits.index_select(0, rows) > values.unsqueeze(1)).sum(dim=-1)
-    table = logits.detach().numpy()
-    pairs = zip(rows.tolist(), values.detach().numpy(), strict=True)
-    return rows.new_tensor([np.count_nonzero(table[row] > value) for row, value in pairs])
+    counts = torch.empty_like(rows)
+    kernels().counts_above(logits.detach().numpy(), rows.numpy(), values.numpy(), counts.numpy())
+    return counts
+
+
+def largest_entries(logits: Tensor, rows: Tensor, count: int) -> Tensor:
+    """`[M, count]` the largest logits of some rows, falling."""
+    if not is_compiled(logits):
+        return top_entries(logits.index_select(0, rows), count)[0]
+    best = logits.new_empty(len(rows), count)
+    kernels().largest_entries(logits.detach().numpy(), rows.numpy(), best.numpy())
+    return best
 
 
 def top_entries(values: Tensor, count: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -139,6 +210,48 @@ def top_entries(values: Tensor, count: int, *, largest: bool = True) -> tuple[Te
     return found.values, columns.gather(1, found.indices)
 
 
+def closest_columns(
+    values: Tensor,
+    rows: Tensor,
+    own: Tensor,
+    among: tuple[int, int],
+    counts: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Columns of some rows whose values are nearest to one column's; -1: none.
+
+    Args:
+        values: `[rows, V]`.
+        rows: `[M]` int64.
+        own: `[M]` int64, the column of each of those rows, one of `among`.
+        among: First of the columns that count, and the one after the last.
+        counts: a, how many whose values are not below its own, itself left out; and b, how many
+            whose values are, -inf left out. At least 1 and 0.
+
+    Returns:
+        `[M, a]` and `[M, b]` int64.
+    """
+    (first, end), (num_above, num_below) = among, counts
+    if is_compiled(values):
+        above = rows.new_empty(len(rows), num_above)
+        below = rows.new_empty(len(rows), max(num_below, 1))
+        kernels().closest_columns(
+            values.detach().numpy(), rows.numpy(), own.numpy(), first, end,
+            above.numpy(), below.numpy(),
+        )  # fmt: skip
+        return above, below[:, :num_below]
+    column, closeness = (own - first).unsqueeze(1), values[:, first:end].index_select(0, rows)
+    # 1 / (y - x) is largest just above x and smallest just below it; equals of x are infinite,
+    # -inf is 0. Masks over the vocabulary would cost several times as much.
+    here = closeness.gather(1, column)
+    closeness.sub_(here).reciprocal_().scatter_(1, column, 0)
+    above, above_columns = top_entries(closeness, min(num_above, end - first))
+    below, below_columns = top_entries(closeness, min(num_below, end - first), largest=False)
+    return (
+        torch.where(above > 0, above_columns + first, -1),
+        torch.where(below < 0, below_columns + first, -1),
+    )
+
+
 def first_argmax(logits: Tensor) -> Tensor:
     """`[rows]` int64 column of each row's largest value, the first of equals.
 
@@ -154,6 +267,19 @@ def first_argmax(logits: Tensor) -> Tensor:
 def rows_apart(tensor: Tensor) -> bool:
     """Whether rows of `[rows, V]` are best worked on one by one: wide ones, on the CPU."""
     return _is_numpy(tensor) and tensor.shape[1] >= _WIDE
+
+
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether `compiled_rows` takes it: wide rows of float32 on the CPU."""
+    return rows_apart(tensor) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+@cache
+def kernels() -> ModuleType:
+    """`compiled_rows`; numba is not loaded before it is needed."""
+    from . import compiled_rows
+
+    return compiled_rows
 
 
 def _is_numpy(tensor: Tensor) -> bool:
