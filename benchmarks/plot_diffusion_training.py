@@ -19,6 +19,7 @@ COLOURS = {1: "#9aa5b1", 2: "#5b8def", 4: "#2f9e6e", 8: "#d9822b"}
 def main() -> None:
     lines = (RESULTS / "diffusion_training.jsonl").read_text().splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    rows = [row for row in rows if not row.get("states_withheld")]
     names = sorted({row["drafter"] for row in rows if "steps" in row})
     figure = Figure(figsize=(5 * len(names), 7), layout="constrained", facecolor="white")
     grid = figure.subplots(2, len(names), squeeze=False, sharey="row")

@@ -158,6 +158,23 @@ def test_a_conditioned_drafter_is_refused_beside_another_target(
         pass
 
 
+def test_positions_in_several_dimensions_are_refused(
+    begun_as: Begun, random_model: Path, tmp_path: Path, serve_offline: Callable[..., Any]
+) -> None:
+    """States could not be told apart by them. A drafter that reads none is not concerned."""
+    config = json.loads((random_model / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    drafter = begun_as(random_model, target=random_model)
+    with (
+        pytest.raises(SpecPluginsError, match=r"positions in several dimensions \(M-RoPE\)"),
+        serve_offline(config_of(drafter), model=str(target), skip_tokenizer_init=True),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_a_target_that_hands_out_no_states_is_refused(
     begun_as: Begun, random_model: Path, tmp_path: Path, serve_offline: Callable[..., Any]

@@ -15,7 +15,7 @@ _OTHERS = "Use another proposer (`vllm-spec list`)."
 
 
 def refuse_unrunnable_layers(name: str, needs: Needs, args: EngineArgs, model: ModelConfig) -> None:
-    """Refuse a proposer that drafts with the target's layers where they are not its own.
+    """Refuse a proposer that needs the target's layers where they are not its own to use.
 
     Args:
         name: Of the proposer.
@@ -25,9 +25,17 @@ def refuse_unrunnable_layers(name: str, needs: Needs, args: EngineArgs, model: M
 
     Raises:
         ConfigError: The engine serves LoRA adapters, or overlaps halves of a batch.
-        UnsupportedEngineError: The target has a state beside keys and values, or the like.
+        UnsupportedEngineError: The target has a state beside keys and values, or the like; or
+            its states are followed and its positions are not one number each.
     """
     if Needs.TARGET_LAYERS not in needs:
+        if Needs.LAYER_STATES in needs and model.uses_mrope:
+            raise UnsupportedEngineError(
+                f'"{name}" keeps hidden states of the target by position, and {model.model} gives '
+                "tokens positions in several dimensions (M-RoPE). Use options that need no hidden "
+                "states (for diffusion a drafter trained without --condition-on-layers), or "
+                "another proposer (`vllm-spec list`)."
+            )
         return
     if args.enable_lora:
         raise ConfigError(
