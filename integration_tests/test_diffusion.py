@@ -161,7 +161,7 @@ def test_a_conditioned_drafter_is_refused_beside_another_target(
 def test_positions_in_several_dimensions_are_refused(
     begun_as: Begun, random_model: Path, tmp_path: Path, serve_offline: Callable[..., Any]
 ) -> None:
-    """States could not be told apart by them. A drafter that reads none is not concerned."""
+    """States could not be told apart by them."""
     config = json.loads((random_model / "config.json").read_text())
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     target = tmp_path / "target"
