@@ -205,10 +205,10 @@ def serve(model: Path, spec: Any, **engine_args: Any) -> None:
                 spec,
                 {"async_scheduling": True},
                 ConfigError,
-                ["Asynchronous scheduling", "Remove --async-scheduling."],
+                ["Asynchronous scheduling", why, "Remove --async-scheduling."],
                 id=f"async scheduling, {spec['method']}",
             )
-            for spec in (OURS, BOTH)
+            for spec, why in ((OURS, 'method "ngram_adaptive"'), (BOTH, "model runner V1"))
         ),
         pytest.param(
             OURS,

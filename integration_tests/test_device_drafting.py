@@ -9,7 +9,14 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("acme_methods")]
 
 CONFIG = {"method": "acme_on_device", "num_speculative_tokens": 4}
-PREEMPTING = {"num_gpu_blocks_override": 7, "max_num_seqs": 4, "enable_prefix_caching": False}
+#: Eight requests of some 50 tokens share 6 blocks of 32 tokens.
+PREEMPTING = {
+    "block_size": 32,
+    "num_gpu_blocks_override": 7,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "enable_prefix_caching": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,7 @@ def plain(serve_offline: Any, prompts: list[Any], generate: Any) -> list[list[in
 @pytest.mark.parametrize(
     ("config", "engine_args"),
     [
-        (CONFIG, {"block_size": 16, **PREEMPTING}),
+        (CONFIG, PREEMPTING),
         pytest.param({**CONFIG, "draws": True}, {}, marks=pytest.mark.slow),
     ],
 )

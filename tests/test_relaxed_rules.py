@@ -204,7 +204,7 @@ def test_relaxed_and_exact_requests_of_a_batch_do_not_touch_each_other(make: Any
     plain = random_problem(8, vocab_size=4, num_draft=3, order=3)
     batch, _, _ = enumerated_input([plain, one_hot(plain), plain.with_temperature(0)])
     names = ["exact" if i % 3 else "relaxed" for i in range(len(batch.num_draft))]
-    mixed = verify_each({"exact": LOSSLESS, "relaxed": make()}, batch, names)
+    mixed = verify_each({"exact": LOSSLESS, "relaxed": make()}, batch, names, batch.num_draft.tolist())
     for name, rule in (("exact", LOSSLESS), ("relaxed", make())):
         alone = rule.verify(batch)
         rows = torch.tensor([i for i, other in enumerate(names) if other == name])

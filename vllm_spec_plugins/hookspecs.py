@@ -87,7 +87,11 @@ def spec_engine_ready(context: EngineContext, proposer: str, verifier: str) -> N
 
 @hookspec
 def spec_step_finished(step: StepRecord) -> None:
-    """A verification step is over. On the hot path: do little."""
+    """A verification step is over. On the hot path: do little.
+
+    Under asynchronous scheduling it may come from another thread than the other hooks; no two
+    hooks are ever called at once.
+    """
 
 
 @hookspec

@@ -427,22 +427,18 @@ def verify_exact_match(batch: VerifyInput) -> Verification:
     return Verification(greedy_tokens(batch, accepted), accepted)
 
 
-def greedy_tokens(batch: VerifyInput, accepted: Tensor, *, relaxed: bool = False) -> Tensor:
-    """`[R, K+1]` int64: accepted draft tokens, the target's most likely next one, -1s.
+def greedy_tokens(batch: VerifyInput, accepted: Tensor) -> Tensor:
+    """`[R, K+1]` int64: the target's most likely tokens, -1 behind the one after the accepted.
 
     Args:
         batch: The step; all requests are greedy.
-        accepted: `[R]` draft tokens that stand.
-        relaxed: Whether accepted tokens may differ from the target's most likely ones.
+        accepted: `[R]` draft tokens that stand, all of them the most likely ones.
     """
     own, bonus = in_table(batch, batch.greedy_token_ids), first_argmax(batch.bonus_logits)
     table = torch.cat([own, bonus.unsqueeze(1)], dim=1)
     if len(batch.draft_token_ids) < own.numel():  # not every draft is as long as the longest
         table.scatter_(1, batch.num_draft.unsqueeze(1), bonus.unsqueeze(1))
     column = torch.arange(table.shape[1], device=table.device)
-    if relaxed:
-        drafts = torch.nn.functional.pad(in_table(batch, batch.draft_token_ids), (0, 1))
-        table = torch.where(column < accepted.unsqueeze(1), drafts, table)
     return table.masked_fill_(column > accepted.unsqueeze(1), -1)
 
 

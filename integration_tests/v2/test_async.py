@@ -93,7 +93,10 @@ def test_greedy_texts_are_plain_decodings(
         adapter._observers.register(told)
         assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
         [tally] = drafted_by(llm).values()
-        assert len(adapter.requests) == 0
+        # The worker hears with the next step that the last request has ended.
+        generate(llm, PROMPTS[:1], max_tokens=1)
+        assert len(told.finished) == len(PROMPTS)
+        assert len(adapter.requests) == 1
         assert adapter._failures == 0
     # A first token comes without a draft, and is told of beside drafts of others only; the last
     # step may go beyond the end.
@@ -193,7 +196,8 @@ def test_aborted_requests_leave_nothing(
         llm.llm_engine.step()
         llm.llm_engine.abort_request(["1"])
         assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
-        assert len(adapter_of(llm).requests) == 0
+        generate(llm, PROMPTS[:1], max_tokens=1)
+        assert len(adapter_of(llm).requests) == 1
 
 
 @pytest.mark.slow
@@ -231,3 +235,83 @@ def test_a_failing_proposer_costs_no_request(
         assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
         assert len(asked) > 3
         assert all(tally["drafted"] == 0 for tally in drafted_by(llm).values())
+
+
+@pytest.mark.parametrize(
+    ("spec", "reasons"),
+    [
+        ({"method": "acme_on_device"}, []),
+        ({"method": "acme_on_device", "verifier": BLOCK}, []),
+        ({"method": "acme_on_device", "verifier": "typical"}, []),
+        ({"method": "ngram_adaptive"}, ['method "ngram_adaptive" with these options']),
+        (
+            {"method": "acme_on_device", "length_control": "additive"},
+            ['length_control "additive"'],
+        ),
+        (
+            {
+                "method": "acme_on_device",
+                "verifier": {"name": "typical", "max_total_variation": 0.1},
+            },
+            ['verifier "typical" with these options'],
+        ),
+        (
+            {
+                "method": "acme_on_device",
+                "verifiers_allowed": [
+                    {
+                        "name": "top_k_relaxed",
+                        "begin_thinking_token_id": 3,
+                        "end_thinking_token_id": 4,
+                    }
+                ],
+            },
+            ['verifier "top_k_relaxed" with these options'],
+        ),
+        ({**NGRAM, "verifier": "lossless"}, []),
+    ],
+)
+def test_what_ends_it_is_named(spec: dict[str, Any], reasons: list[str]) -> None:
+    """Whatever a request may choose counts, too."""
+    from vllm_spec_plugins.config import split
+    from vllm_spec_plugins.context import ModelFacts
+    from vllm_spec_plugins.engine.async_support import reasons_against_async
+    from vllm_spec_plugins.engine.carrier import engine_vocabulary, registry
+
+    facts = ModelFacts("", 16, 8, 4, 64, 3)
+    _, settings = split({**_DRAFTS, **spec}, engine_vocabulary(), lambda _: facts, registry())
+    assert reasons_against_async(settings) == reasons
+
+
+def test_who_forces_it_gets_one_error(serve_v2: Any) -> None:
+    from vllm_spec_plugins.errors import ConfigError
+
+    config = {**ON_DEVICE, "length_control": "additive"}
+    with (
+        pytest.raises(ConfigError, match=r'with length_control "additive"\. Remove --async'),
+        serve_v2(config, async_scheduling=True),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_it_can_be_forced_and_switched_off(
+    serve_v2: Any, plain: list[list[int]], generate: Any
+) -> None:
+    for wanted in (True, False):
+        with serve_v2(ON_DEVICE, async_scheduling=wanted) as llm:
+            assert is_asynchronous(llm) == wanted
+            assert generate(llm, PROMPTS[:2], max_tokens=8) == [text[:8] for text in plain[:2]]
+
+
+def test_a_proposer_cannot_need_what_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spec_plugins.config import split
+    from vllm_spec_plugins.engine.carrier import engine_vocabulary, registry
+    from vllm_spec_plugins.errors import PluginError
+    from vllm_spec_plugins.proposer import Needs
+    from vllm_spec_plugins.registry import Kind
+
+    proposer = registry().load(Kind.PROPOSER, "acme_on_device")
+    monkeypatch.setattr(proposer, "needs", Needs.HIDDEN_STATES)
+    with pytest.raises(PluginError, match="needs HIDDEN_STATES"):
+        split(ON_DEVICE, engine_vocabulary(), lambda _: None, registry())

@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_spec_plugins.verifier import VerifyInput
+
 pytestmark = [pytest.mark.engine, pytest.mark.v2]
 
 #: Methods of a tensor that wait for its device, and of which torch's dispatcher hears nothing.
@@ -158,6 +160,29 @@ def test_nothing_waits_under_asynchronous_scheduling(
         assert not waits_of_a_step(llm, monkeypatch, temperature=temperature)
 
 
+def test_requests_of_several_verifiers_are_picked_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose rows are whose is known on the host."""
+    from vllm_spec_plugins.verifiers.lossless import (  # pyright: ignore[reportMissingImports]
+        Lossless,
+        LosslessOptions,
+    )
+
+    from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.engine.verify_each import verify_each
+
+    context = EngineContext(ModelFacts("", 8, 8, 1, 64, 3), torch.device("cpu"), 3, 0)
+    rules = {
+        "token": Lossless(LosslessOptions(), context),
+        "block": Lossless(LosslessOptions(rule="block"), context),
+    }
+    batch = step_of([2, 0, 3])
+    with waits_counted(monkeypatch) as counted:
+        verify_each(rules, batch, ["token", "token", "block"], [2, 0, 3])
+    assert not counted
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("acme_methods", "asynchronous")
 def test_a_proposer_that_looks_is_seen(serve_v2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,23 +193,27 @@ def test_a_proposer_that_looks_is_seen(serve_v2: Any, monkeypatch: pytest.Monkey
 
 
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: requests of one verifier are picked with two looks at the device."""
-    from vllm_spec_plugins.verifier import VerifyInput
-
-    batch = VerifyInput(
-        request_ids=["a"],
-        target_logits=torch.zeros(2, 8),
-        bonus_logits=torch.zeros(1, 8),
-        draft_token_ids=torch.tensor([1, 2]),
-        num_draft=torch.tensor([2]),
-        draft_probabilities=None,
-        temperatures=torch.ones(1),
-        streams=torch.ones(1, dtype=torch.int64),
-        positions=torch.ones(1, dtype=torch.int64),
-        max_num_draft=2,
-        all_greedy=False,
-        any_greedy=False,
-    )
+    """Negative control: where the host is not asked, requests are picked with two looks."""
+    batch = step_of([2])
     with waits_counted(monkeypatch) as counted:
         batch.select(torch.tensor([0]))
     assert counted == {"verifier.py": 2}
+
+
+def step_of(num_draft: list[int]) -> VerifyInput:
+    """A step of sampled requests with that many draft tokens each."""
+    count, total = len(num_draft), sum(num_draft)
+    return VerifyInput(
+        request_ids=[str(i) for i in range(count)],
+        target_logits=torch.zeros(total, 8),
+        bonus_logits=torch.zeros(count, 8),
+        draft_token_ids=torch.arange(total),
+        num_draft=torch.tensor(num_draft),
+        draft_probabilities=None,
+        temperatures=torch.ones(count),
+        streams=torch.ones(count, dtype=torch.int64),
+        positions=torch.ones(count, dtype=torch.int64),
+        max_num_draft=max(num_draft),
+        all_greedy=False,
+        any_greedy=False,
+    )

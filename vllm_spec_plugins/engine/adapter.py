@@ -484,6 +484,11 @@ class RunnerAdapter:
                 ),
             )
 
+    def tallies(self) -> dict[str, Any]:
+        """The metrics so far, as plain values."""
+        with self._telling:
+            return self.metrics.as_dict()
+
     def _tell(self, hook: str, **what: object) -> None:
         """Tell every observer; from whichever thread, never two at once."""
         with self._telling:

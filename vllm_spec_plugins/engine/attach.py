@@ -23,7 +23,7 @@ def attach(worker: Any, vllm_config: VllmConfig) -> RunnerAdapter:
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
     # `LLM.collective_rpc("spec_plugins_metrics")` reads the tallies of every worker.
-    worker.spec_plugins_metrics = adapter.metrics.as_dict
+    worker.spec_plugins_metrics = adapter.tallies
     return adapter
 
 

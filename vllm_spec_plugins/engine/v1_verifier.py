@@ -267,6 +267,6 @@ class VerifierBridge(RejectionSampler):
             ),
             history=adapter.token_history(requests),
         )
-        verification = verify_each(self.verifiers, batch, requests.verifiers)
+        verification = verify_each(self.verifiers, batch, requests.verifiers, num_draft_tokens)
         adapter.verified(batch, verification)
         return verification.token_ids.to(torch.int32)

@@ -170,7 +170,7 @@ class VerifierBridge(RejectionSampler):
             ),
             history=adapter.token_history(begin, end, requests),
         )
-        verification = verify_each(self.verifiers, batch, requests.verifiers)
+        verification = verify_each(self.verifiers, batch, requests.verifiers, drafts.num_draft)
         self._decided.append((batch, verification))
         adapter.chunk_verified(batch, verification)
         tokens = verification.token_ids

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
 
+from .transfers import to_device
+
 
 def verify_each(
-    verifiers: Mapping[str, Verifier], batch: VerifyInput, names: Sequence[str]
+    verifiers: Mapping[str, Verifier],
+    batch: VerifyInput,
+    names: Sequence[str],
+    num_draft: Sequence[int],
 ) -> Verification:
-    """Each request by its own verifier, without touching each other.
+    """Each request by its own verifier, without touching each other, or waiting for the device.
 
     Args:
         verifiers: By name.
         batch: The step.
         names: `[R]` which verifier serves each request.
+        num_draft: `[R]` `batch.num_draft` on the host.
     """
     distinct = set(names)
     if len(distinct) == 1:
@@ -25,13 +32,15 @@ def verify_each(
     token_ids = batch.draft_token_ids.new_full((len(names), batch.max_num_draft + 1), -1)
     accepted = torch.zeros_like(batch.num_draft)
     extra = batch.target_logits.new_zeros(len(batch.draft_token_ids))
+    name_of, device = np.array(names), token_ids.device
     for name in sorted(distinct):
-        rows = [i for i, other in enumerate(names) if other == name]
-        requests = torch.tensor(rows, device=token_ids.device)
-        part = verifiers[name].verify(batch.select(requests))
-        token_ids[requests] = part.token_ids
-        accepted[requests] = part.accepted
+        theirs = name_of == name
+        rows = theirs.nonzero()[0]
+        requests = to_device(rows, device)
+        tokens = to_device(np.repeat(theirs, num_draft).nonzero()[0], device)
+        part = verifiers[name].verify(batch.select(requests, tokens, rows))
+        token_ids.index_copy_(0, requests, part.token_ids)
+        accepted.index_copy_(0, requests, part.accepted)
         if part.extra_acceptance is not None:
-            tokens = torch.isin(batch.request_of, requests)
-            extra[tokens] = part.extra_acceptance.to(extra.dtype)
+            extra.index_copy_(0, tokens, part.extra_acceptance.to(extra.dtype))
     return Verification(token_ids, accepted, extra)
