@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import time
 from pathlib import Path
@@ -71,7 +70,6 @@ def main() -> None:
         [text.text for text in Corpus(["zoo"]) if text.held_out == held_out]
         for held_out in (False, True)
     )
-    learnt = padded(list(windows(tokenizer, every, recipe.window)))
     held_out = np.stack(
         sample_windows(windows(tokenizer, prompts, arguments.prompt), arguments.texts, 1)
     )
@@ -113,14 +111,13 @@ def main() -> None:
 
     began = time.perf_counter()
 
-    def measure(steps: int, drafter: DiffusionDrafter) -> None:
-        if arguments.measure and steps % arguments.measure and steps != recipe.steps:
+    def measure(steps: int, drafter: DiffusionDrafter, *, withheld: bool = False) -> None:
+        due = not arguments.measure or steps % arguments.measure == 0 or steps == recipe.steps
+        if not due and not withheld:
             return
         most = recipe.block if steps == recipe.steps else min(8, recipe.block)
         seconds = round(time.perf_counter() - began, 1)
-        # What is left of it where vLLM takes all of the text from its prefix cache.
-        ways = [False, True] if layers and steps == recipe.steps else [False]
-        for (temperature, texts), withheld in itertools.product(written.items(), ways):
+        for temperature, texts in written.items():
             quality = evaluate(target, drafter, texts, most, withheld=withheld)
             keep(
                 {
@@ -142,8 +139,14 @@ def main() -> None:
                 }
             )
 
+    if arguments.withheld:
+        state = torch.load(checkpoint, weights_only=True)
+        drafter.load_state_dict(state["drafter"])
+        measure(len(state["losses"]), drafter, withheld=True)
+        return
     if not resumed:
         measure(0, drafter)
+    learnt = padded(list(windows(tokenizer, every, recipe.window)))
     data = f"zoo {len(learnt)} {int(learnt.sum())}"
     job = job_of(recipe, drafter, target, data)
     trained = train(
@@ -181,6 +184,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="diffusion")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--condition-on-layers", default="none", help="numbers, spread or none")
+    parser.add_argument(
+        "--withheld",
+        action="store_true",
+        help="do not train: measure the checkpoint without the target's states, as where vLLM "
+        "takes all of the text from its prefix cache",
+    )
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=4)

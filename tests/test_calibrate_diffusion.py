@@ -333,6 +333,16 @@ class TestTraining:
         for name, weight in resumed.drafter.state_dict().items():
             assert torch.equal(weight, trained.drafter.state_dict()[name]), name
 
+    def test_the_projection_of_states_learns_slowly(self, target: LocalModel) -> None:
+        """It begins at zero, beside an embedding whose rows are small."""
+        drafter = reader(target)
+        muon, _ = diffusion_training._optimizers(drafter, RECIPE)
+        peaks = [group["peak"] for group in muon.param_groups]
+        spread = drafter.embedding.std().item()
+        assert peaks[0] == pytest.approx(0.5 * spread * RECIPE.matrix_lr)
+        assert peaks[1:] == [RECIPE.matrix_lr] * 4
+        assert spread < 0.5
+
     def test_another_jobs_checkpoint_is_refused(
         self, target: LocalModel, text: NDArray[np.int64], tmp_path: Path
     ) -> None:
