@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -33,10 +34,9 @@ from .verifier import (
     VerifierOptions,
     VerifyInput,
     greedy_matches,
-    greedy_tokens,
-    leading_run,
     token_acceptance,
 )
+from .vocabulary_passes import first_argmax, is_numpy
 
 if TYPE_CHECKING:
     from .context import EngineContext
@@ -150,7 +150,7 @@ class RelaxedRule(AcceptanceRule):
         if self.draws_exact_residual and can_verify_fused(batch):
             relaxation, judge = self.relaxation(batch)
             verification = verify_fused(batch, relaxation=relaxation, judge=judge)
-        elif batch.all_greedy and self._asks_rows_when_greedy:
+        elif self._asks_of_rows(batch):
             verification = self._verify_greedy(batch)
         else:
             verification = super().verify(batch)
@@ -158,41 +158,63 @@ class RelaxedRule(AcceptanceRule):
         return verification
 
     def _verify_greedy(self, batch: VerifyInput) -> Verification:
-        """Greedy requests: the rule is asked only about mismatches that are reached, if any."""
-        matches = batch.greedy_token_ids == batch.draft_token_ids
-        run = leading_run(batch, matches)
-        stands = matches.clone()
-        first_mismatches = (batch.first + run)[run < batch.num_draft]
-        passed = self._let_pass(batch, first_mismatches)
-        if len(passed):
-            stands[passed] = True
-            # All that follow at once: a walk would take longer than what it saves.
-            goes_on = torch.zeros_like(batch.num_draft, dtype=torch.bool)
-            goes_on[batch.request_of[passed]] = True
-            behind = ~stands & goes_on[batch.request_of]
-            stands[self._let_pass(batch, behind.nonzero().squeeze(1))] = True
-            run = leading_run(batch, stands)
-        extra = (stands & ~matches & (batch.index_in_draft < run[batch.request_of])).to(
-            batch.target_logits.dtype
-        )
-        return Verification(greedy_tokens(batch, run, relaxed=len(passed) > 0), run, extra)
+        """Greedy requests on the host: the rule is asked about mismatches that are reached.
 
-    def _let_pass(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        In lists: a walk over the step's draft tokens takes less than a few calls on tensors.
+        """
+        drafted, own = batch.draft_token_ids.tolist(), batch.greedy_token_ids.tolist()
+        lengths, bonus = batch.num_draft.tolist(), first_argmax(batch.bonus_logits).tolist()
+        ends = list(accumulate(lengths))
+        mismatches = [
+            [row for row in range(end - length, end) if drafted[row] != own[row]]
+            for length, end in zip(lengths, ends, strict=True)
+        ]
+        passed = self._let_pass(batch, [rows[0] for rows in mismatches if rows])
+        if passed:
+            # All that follow at once: one by one would take longer than what it saves.
+            goes_on = (rows for rows in mismatches if rows and rows[0] in passed)
+            passed |= self._let_pass(batch, [row for rows in goes_on for row in rows[1:]])
+        tokens, accepted, extra = [], [], [0.0] * len(drafted)
+        for request, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+            rows = mismatches[request]
+            last = next((row for row in rows if row not in passed), end)
+            for row in rows:
+                extra[row] = float(row < last)
+            accepted.append(last - (end - length))
+            drawn = bonus[request] if last == end else own[last]
+            rest = [-1] * (batch.max_num_draft - accepted[-1])
+            tokens.append([*drafted[end - length : last], drawn, *rest])
+        table = torch.tensor(tokens, dtype=torch.int64)
+        return Verification(
+            table.view(len(lengths), batch.max_num_draft + 1),
+            torch.tensor(accepted, dtype=torch.int64),
+            torch.tensor(extra, dtype=batch.target_logits.dtype),
+        )
+
+    def _let_pass(self, batch: VerifyInput, rows: list[int]) -> set[int]:
         """Those of some rows of greedy requests, all mismatches, that the rule accepts."""
-        ids = batch.draft_token_ids[rows]
-        open_ = (ids >= 0) & (batch.target_logits[rows, ids.clamp(min=0)] > -torch.inf)
+        if not rows:
+            return set()
+        asked = torch.tensor(rows)
+        drafted = batch.draft_token_ids[asked]
+        logits = batch.target_logits[asked, drafted.clamp(min=0)]
+        open_ = (drafted >= 0) & (logits > -torch.inf)
         exact = self.exact_requests(batch)
         if exact is not None:
-            open_ &= ~exact[batch.request_of[rows]]
-        rows = rows[open_]
-        return rows[self.relaxed_greedy_acceptance(batch, rows)] if len(rows) else rows
+            open_ &= ~exact[batch.request_of[asked]]
+        asked = asked[open_]
+        if not len(asked):
+            return set()
+        return set(asked[self.relaxed_greedy_acceptance(batch, asked)].tolist())
 
-    @property
-    def _asks_rows_when_greedy(self) -> bool:
-        """Whether `relaxed_greedy_acceptance` is all there is to greedy requests."""
+    def _asks_of_rows(self, batch: VerifyInput) -> bool:
+        """Whether `_verify_greedy` does it."""
         kind = type(self)
-        return not self._matches_exactly and (
-            kind.greedy_acceptance is RelaxedRule.greedy_acceptance
+        return (
+            batch.all_greedy
+            and not self._matches_exactly
+            and kind.greedy_acceptance is RelaxedRule.greedy_acceptance
+            and is_numpy(batch.target_logits)
         )
 
     @property

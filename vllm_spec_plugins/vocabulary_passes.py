@@ -257,7 +257,7 @@ def first_argmax(logits: Tensor) -> Tensor:
 
     numpy's is several times faster than torch's on the CPU and breaks ties alike.
     """
-    if not _is_numpy(logits):
+    if not is_numpy(logits):
         return logits.argmax(dim=-1)
     if not len(logits):
         return logits.new_zeros(0, dtype=torch.int64)
@@ -266,7 +266,7 @@ def first_argmax(logits: Tensor) -> Tensor:
 
 def rows_apart(tensor: Tensor) -> bool:
     """Whether rows of `[rows, V]` are best worked on one by one: wide ones, on the CPU."""
-    return _is_numpy(tensor) and tensor.shape[1] >= _WIDE
+    return is_numpy(tensor) and tensor.shape[1] >= _WIDE
 
 
 def is_compiled(tensor: Tensor) -> bool:
@@ -282,6 +282,6 @@ def kernels() -> ModuleType:
     return compiled_rows
 
 
-def _is_numpy(tensor: Tensor) -> bool:
+def is_numpy(tensor: Tensor) -> bool:
     """Whether numpy can work on it where it is."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
