@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -281,6 +282,30 @@ def test_what_ends_it_is_named(spec: dict[str, Any], reasons: list[str]) -> None
     facts = ModelFacts("", 16, 8, 4, 64, 3)
     _, settings = split({**_DRAFTS, **spec}, engine_vocabulary(), lambda _: facts, registry())
     assert reasons_against_async(settings) == reasons
+
+
+def test_one_line_says_why_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none where it was switched off, or is kept."""
+    from vllm_spec_plugins.config import split
+    from vllm_spec_plugins.context import ModelFacts
+    from vllm_spec_plugins.engine import async_support
+    from vllm_spec_plugins.engine.carrier import engine_vocabulary, registry
+
+    lines: list[str] = []
+    monkeypatch.setattr(async_support.logger, "info", lambda line, *a: lines.append(line % a))
+    facts = ModelFacts("", 16, 8, 4, 64, 3)
+    for spec, given, wanted in (
+        (ON_DEVICE, None, None),
+        ({**ON_DEVICE, "length_control": "additive"}, False, False),
+        ({**ON_DEVICE, "length_control": "additive"}, None, False),
+    ):
+        _, settings = split(spec, engine_vocabulary(), lambda _: facts, registry())
+        args: Any = SimpleNamespace(async_scheduling=given)
+        async_support.settle(settings, args)
+        assert args.async_scheduling is wanted
+    assert lines == [
+        'Asynchronous scheduling is off, because of length_control "additive".',
+    ]
 
 
 def test_who_forces_it_gets_one_error(serve_v2: Any) -> None:

@@ -66,7 +66,7 @@ def settle(settings: PluginSettings, args: EngineArgs) -> None:
         raise ConfigError(refusal(reasons))
     if args.async_scheduling is None:
         args.async_scheduling = False
-        logger.info("Asynchronous scheduling is off. It ends with %s.", "; ".join(reasons))
+        logger.info("Asynchronous scheduling is off, because of %s.", "; ".join(reasons))
 
 
 def refusal(reasons: list[str]) -> str:
