@@ -1,4 +1,4 @@
-"""The longest and latest earlier occurrence of the last tokens, how often, and what followed."""
+"""Where the last tokens occurred before: longest, latest, the one before, how often, then what."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ def small_blocks():
         yield
 
 
+#: Length, count, position, earlier position, draft.
+Row = tuple[int, int, int, int, list[int]]
+
+
 def by_definition(
     text: list[int], min_match: int, max_match: int, num_draft: int, repeat: bool
-) -> tuple[int, int, int, list[int]]:
+) -> Row:
     for length in range(min(max_match, len(text) - 1), min_match - 1, -1):
         suffix = text[len(text) - length :]
         ends = [end for end in range(length, len(text)) if text[end - length : end] == suffix]
@@ -38,8 +42,8 @@ def by_definition(
                 draft.append(
                     draft[ends[-1] + step] if repeat or ends[-1] + step < len(text) else -1
                 )
-            return length, len(ends), ends[-1], draft[len(text) :]
-    return 0, 0, -1, [-1] * num_draft
+            return length, len(ends), ends[-1], [-1, *ends][-2], draft[len(text) :]
+    return 0, 0, -1, -1, [-1] * num_draft
 
 
 def padded(texts: list[list[int]], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,7 +56,7 @@ def padded(texts: list[list[int]], width: int, dtype: torch.dtype) -> tuple[Tens
     return wide.to(DEVICE)[:, :width], lengths.to(DEVICE)
 
 
-def rows_of(match: SuffixMatch) -> list[tuple[int, int, int, list[int]]]:
+def rows_of(match: SuffixMatch) -> list[Row]:
     return list(zip(*(field.tolist() for field in match), strict=True))
 
 
@@ -77,7 +81,11 @@ def check(
         match = operation(history, lengths, **options)
         assert rows_of(match) == expected, operation.__name__
         assert match.token_ids.dtype == dtype
-        assert {match.lengths.dtype, match.counts.dtype, match.positions.dtype} == {torch.int32}
+        assert {field.dtype for field in match[:4]} == {torch.int32}
+    backwards = torch.arange(len(texts), device=DEVICE).flip(0)
+    for operation in (suffix_match_reference, suffix_match):
+        match = operation(history, lengths.flip(0), rows=backwards, **options)
+        assert rows_of(match) == expected[::-1], operation.__name__
 
 
 @pytest.mark.parametrize("repeat", [False, True])
@@ -105,14 +113,14 @@ def test_short_matches_are_not_drafted_from() -> None:
 def test_latest_of_the_longest() -> None:
     history, lengths = padded([[1, 2, 5, 1, 2, 6, 2, 7, 1, 2]], 10, torch.int32)
     match = suffix_match(history, lengths, min_match=1, max_match=4, num_draft=2)
-    assert rows_of(match) == [(2, 2, 5, [6, 2])]
+    assert rows_of(match) == [(2, 2, 5, 2, [6, 2])]
 
 
 def test_repeat_drafts_on_in_a_loop() -> None:
     history, lengths = padded([[1, 2, 3, 1, 2, 3]], 6, torch.int32)
     options = {"min_match": 1, "max_match": 3, "num_draft": 5}
-    assert rows_of(suffix_match(history, lengths, **options))[0][3] == [1, 2, 3, -1, -1]
-    assert rows_of(suffix_match(history, lengths, **options, repeat=True))[0][3] == [1, 2, 3, 1, 2]
+    assert rows_of(suffix_match(history, lengths, **options))[0][4] == [1, 2, 3, -1, -1]
+    assert rows_of(suffix_match(history, lengths, **options, repeat=True))[0][4] == [1, 2, 3, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -134,12 +142,20 @@ def test_matches_on_both_sides_of_a_part() -> None:
         check([text + marker], max_match=3)
 
 
+def test_some_rows_of_a_table() -> None:
+    """Rows in any order, one twice, others not looked at."""
+    history, lengths = padded([[1, 2, 1], [3], [5, 6, 5]], 12, torch.int32)
+    rows = torch.tensor([2, 0, 2], device=DEVICE)
+    match = suffix_match(history, lengths[rows], rows=rows, min_match=1, max_match=4, num_draft=1)
+    assert match.token_ids.tolist() == [[6], [2], [6]]
+
+
 def test_what_lies_past_a_text_is_not_seen() -> None:
     """Control: with one token more the answer is another."""
     history, lengths = padded([[1, 2, 3, 4]], 9, torch.int32)
     options = {"min_match": 1, "max_match": 4, "num_draft": 2}
-    assert rows_of(suffix_match(history, lengths, **options)) == [(0, 0, -1, [-1, -1])]
-    assert rows_of(suffix_match(history, lengths + 1, **options)) == [(1, 1, 1, [2, 3])]
+    assert rows_of(suffix_match(history, lengths, **options)) == [(0, 0, -1, -1, [-1, -1])]
+    assert rows_of(suffix_match(history, lengths + 1, **options)) == [(1, 1, 1, -1, [2, 3])]
 
 
 def test_the_bound_on_the_host_only_bounds() -> None:
@@ -188,6 +204,8 @@ def test_no_requests() -> None:
         ({"token_history": torch.zeros(2, 8)}, "token_history"),
         ({"token_history": torch.zeros(8, 2, dtype=torch.int32).T}, "strides"),
         ({"num_tokens": torch.zeros(3, dtype=torch.int32)}, "num_tokens"),
+        ({"rows": torch.zeros(1, dtype=torch.int64)}, r"num_tokens .* needed: \[1\]"),
+        ({"rows": torch.zeros(2, dtype=torch.int32)}, "rows is"),
     ],
 )
 def test_wrong_arguments(change: dict, words: str) -> None:

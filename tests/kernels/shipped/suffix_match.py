@@ -19,7 +19,22 @@ def match(max_model_len: int, dtype: torch.dtype) -> None:
     )
 
 
+def match_slots(max_model_len: int) -> None:
+    """As `ngram_adaptive` asks."""
+    suffix_match(
+        torch.empty(256, max_model_len, dtype=torch.int32, device="meta"),
+        torch.empty(64, dtype=torch.int64, device="meta"),
+        min_match=1,
+        max_match=32,
+        num_draft=6,
+        rows=torch.empty(64, dtype=torch.int64, device="meta"),
+        repeat=True,
+    )
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "8k", lambda: match(8192, torch.int32)
     yield "128k", lambda: match(131072, torch.int32)
     yield "8k_int64", lambda: match(8192, torch.int64)
+    yield "slots_8k", lambda: match_slots(8192)
+    yield "slots_128k", lambda: match_slots(131072)
