@@ -182,7 +182,8 @@ class Engine:
             dtype="float32",
             enforce_eager=True,
             enable_prefix_caching=settings.prefix_caching,
-            max_model_len=settings.prompt_tokens + settings.max_tokens + 16,
+            # vLLM's draft model drafts for nobody where its drafts would pass this.
+            max_model_len=settings.prompt_tokens + settings.max_tokens + 64,
             max_num_seqs=settings.max_num_seqs,
             # All prompts of a batch in one step.
             max_num_batched_tokens=settings.max_num_seqs * settings.prompt_tokens,
