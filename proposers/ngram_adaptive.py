@@ -7,6 +7,8 @@ cut where the draft is no longer expected to be accepted.
 Each token is indexed once (`suffix_index`), so a step costs the same at any length of history;
 a prompt is indexed when it is first seen, in about a millisecond per thousand tokens. Nothing
 is drafted where nothing matches. The draft is a choice, not a draw: exact under every verifier.
+With `matching: device` the texts stay on the device and are searched there: `ngram_device`.
+
 Memory: 140 bytes for each token of a request's text and up to 40 % more, reused when the
 request finishes.
 
@@ -20,21 +22,34 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
-from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.errors import ConfigError, listed
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, ProposerOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.device_drafting import DeviceDraft, DeviceDraftInput
+
+    from .ngram_device import NgramDevice
+
+
+#: Options of the index on the host.
+_HOST_OPTIONS = ("adaptation", "shared_index", "shared_index_tokens")
 
 
 class NgramAdaptiveOptions(ProposerOptions):
+    matching: Literal["host", "device"] = Field(
+        "host",
+        description="Where the text is searched. `host`: in an index that grows with it; drafts "
+        "are better. `device`: anew in each step, on the GPU, so that a step never waits for "
+        "the host.",
+    )
     max_match: int = Field(32, ge=4, le=120, description="Longest context compared, in tokens.")
     min_match: int = Field(1, ge=1, le=32, description="Shortest context to draft from, in tokens.")
     min_acceptance: float | None = Field(
@@ -47,7 +62,8 @@ class NgramAdaptiveOptions(ProposerOptions):
     )
     adaptation: bool = Field(
         True,
-        description="Learn from each request's text how far its matches can be trusted.",
+        description="Learn from each request's text how far its matches can be trusted. With "
+        "`matching: host`; so do the two below.",
     )
     shared_index: bool = Field(
         False,
@@ -76,16 +92,34 @@ class NgramAdaptive(Proposer):
 
     def __init__(self, options: NgramAdaptiveOptions, context: EngineContext) -> None:
         super().__init__(options, context)
-        # Here, not above: numba and the kernels take a second to import.
-        from . import ngram_step, shared_index, suffix_index, trigram_weights
-        from .request_memory import RequestMemory, roomy
-
-        self._kernels, self._roomy, self._shares = ngram_step, roomy, trigram_weights.shares
-        self._text = suffix_index.text
         threshold = options.min_acceptance
         if threshold is None:
             threshold = 0.54 / math.sqrt(context.facts.num_speculative_tokens)
         self._threshold = float(threshold)
+        self._on_device = self._drafter_on_device() if options.matching == "device" else None
+        if self._on_device is None:
+            self._make_indexes()
+
+    def _drafter_on_device(self) -> NgramDevice:
+        from .ngram_device import NgramDevice
+
+        return NgramDevice(
+            self.context.max_num_requests,
+            self.context.facts.num_speculative_tokens,
+            min_match=self.options.min_match,
+            max_match=self.options.max_match,
+            min_acceptance=self._threshold,
+            device=self.context.device,
+        )
+
+    def _make_indexes(self) -> None:
+        # Here, not above: numba and the kernels take a second to import.
+        from . import ngram_step, shared_index, suffix_index, trigram_weights
+        from .request_memory import RequestMemory, roomy
+
+        options, context = self.options, self.context
+        self._kernels, self._roomy, self._shares = ngram_step, roomy, trigram_weights.shares
+        self._text = suffix_index.text
         self._rate = self.LEARNING_RATE if options.adaptation else 0.0
         slots = context.max_num_requests
         self._indexes = RequestMemory(slots, suffix_index.bytes_needed)
@@ -109,6 +143,19 @@ class NgramAdaptive(Proposer):
                 f"({options.max_match}); give a smaller min_match"
             )
 
+        set_anyhow = [name for name in _HOST_OPTIONS if name in options.model_fields_set]
+        if options.matching == "device" and set_anyhow:
+            raise ConfigError(
+                f"ngram_adaptive: {listed(set_anyhow)} cannot be given with "
+                '"matching": "device", which keeps no index on the host; remove '
+                f'{"it" if len(set_anyhow) == 1 else "them"}, or take "matching": "host"'
+            )
+
+    @classmethod
+    def drafts_on_device(cls, options: ProposerOptions) -> bool:
+        assert isinstance(options, NgramAdaptiveOptions)
+        return options.matching == "device"
+
     @classmethod
     def needs_for(cls, options: ProposerOptions) -> Needs:
         assert isinstance(options, NgramAdaptiveOptions)
@@ -116,6 +163,9 @@ class NgramAdaptive(Proposer):
 
     def warm_up(self) -> None:
         """Compile every kernel: some twenty seconds once, then read from numba's cache."""
+        if self._on_device is not None:
+            self._on_device.warm_up(self.context.facts.max_model_len)
+            return
         history = np.arange(1200, dtype=np.int32).reshape(1, -1) % 7
         for num_tokens in (100, 1200):  # the second outgrows the memory of the first
             self.propose(_one_request("warm up", history, num_tokens))
@@ -155,7 +205,13 @@ class NgramAdaptive(Proposer):
             self._make_room(work)
         return Draft(token_ids, sources=self._kernels.SOURCES, source_of=source_of)
 
+    def propose_on_device(self, batch: DeviceDraftInput) -> DeviceDraft:
+        assert self._on_device is not None, "asked only where `drafts_on_device` says so"
+        return self._on_device.propose(batch)
+
     def finish(self, request_ids: Sequence[str]) -> None:
+        if self._on_device is not None:
+            return  # what is kept by slot is forgotten when the slot is `fresh`
         for request_id in request_ids:
             if request_id in self._slot_of:
                 if self.options.shared_index:
@@ -188,7 +244,9 @@ class NgramAdaptive(Proposer):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held for requests that have not finished, and for the shared index."""
+        """Bytes held on the host: for requests that have not finished, and the shared index."""
+        if self._on_device is not None:
+            return 0
         return self._indexes.num_bytes + self._trigrams.num_bytes + self._shared.memory.num_bytes
 
     def _work(self, batch: DraftInput) -> NDArray[np.int64]:
