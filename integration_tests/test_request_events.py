@@ -179,6 +179,8 @@ def test_verifiers_remember_a_preempted_request() -> None:
         runner=SimpleNamespace(input_batch=SimpleNamespace(generators={})),
         _ranked=None,
         _row_in_draft={},
+        _have_drafts=set(),
+        _asker=None,
         _is_first_rank=False,
         _clock=StepClock(),
         _update_states_by_vllm=lambda _: None,
