@@ -39,6 +39,7 @@ from vllm_spec_plugins.testing.guarantees import (
     assert_keeps_its_guarantee,
     assert_lossless,
     assert_relaxes,
+    assert_stays_within_its_bound,
     enumeration_cases,
 )
 from vllm_spec_plugins.testing.toy_problems import (
@@ -49,7 +50,9 @@ from vllm_spec_plugins.testing.toy_problems import (
     truncated_target,
 )
 from vllm_spec_plugins.verifier import (
+    Guarantee,
     TokenHistory,
+    VerifierOptions,
     VerifyInput,
     exact_acceptance,
     residual_weights,
@@ -164,6 +167,27 @@ def test_the_price_of_kl_judge_is_bounded() -> None:
             assert total_variation(rule, problem) <= math.sqrt(bound / 2)
 
 
+def test_a_bound_is_declared_and_kept() -> None:
+    for bound in (0.05, 0.3):
+        assert_stays_within_its_bound(kl_judge(max_divergence=bound))
+    assert KLJudge.total_variation_bound(KLJudgeOptions(max_divergence=0.08)) == pytest.approx(0.2)
+    assert KLJudge.total_variation_bound(KLJudgeOptions(max_divergence=9.0)) == 1
+    assert Typical.total_variation_bound(TypicalOptions()) is None
+
+    class TooSure(KLJudge):
+        @classmethod
+        def total_variation_bound(cls, options: VerifierOptions) -> float:
+            return KLJudge.total_variation_bound(options) / 10
+
+    class Silent(Everything):
+        guarantee = Guarantee.BOUNDED
+
+    with pytest.raises(AssertionError, match=r"a total variation of at most 0\.07"):
+        assert_stays_within_its_bound(TooSure(KLJudgeOptions(max_divergence=1.0), CONTEXT))
+    with pytest.raises(AssertionError, match="Silent is BOUNDED: override total_variation_bound"):
+        assert_stays_within_its_bound(Silent(RelaxedOptions(), CONTEXT))
+
+
 # Whom they leave alone.
 
 
@@ -204,7 +228,9 @@ def test_relaxed_and_exact_requests_of_a_batch_do_not_touch_each_other(make: Any
     plain = random_problem(8, vocab_size=4, num_draft=3, order=3)
     batch, _, _ = enumerated_input([plain, one_hot(plain), plain.with_temperature(0)])
     names = ["exact" if i % 3 else "relaxed" for i in range(len(batch.num_draft))]
-    mixed = verify_each({"exact": LOSSLESS, "relaxed": make()}, batch, names, batch.num_draft.tolist())
+    mixed = verify_each(
+        {"exact": LOSSLESS, "relaxed": make()}, batch, names, batch.num_draft.tolist()
+    )
     for name, rule in (("exact", LOSSLESS), ("relaxed", make())):
         alone = rule.verify(batch)
         rows = torch.tensor([i for i, other in enumerate(names) if other == name])

@@ -16,6 +16,8 @@ the target's tokens no probability: again infinitely far, unless p gives them no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -51,6 +53,12 @@ class KLJudge(RelaxedRule):
     @classmethod
     def verifies_on_device(cls, options: VerifierOptions) -> bool:
         return keeps_no_budget(options)
+
+    @classmethod
+    def total_variation_bound(cls, options: VerifierOptions) -> float:
+        """Pinsker's."""
+        assert isinstance(options, KLJudgeOptions)
+        return min(1.0, math.sqrt(options.max_divergence / 2))
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         if batch.draft_probabilities is None:

@@ -334,6 +334,15 @@ class Verifier(ABC):
         del options
         return False
 
+    @classmethod
+    def total_variation_bound(cls, options: VerifierOptions) -> float | None:
+        """Most distance to the target's law at a draft position; None: it has none to declare.
+
+        Verifiers that are `Guarantee.BOUNDED` declare one. It is said at startup, and the test
+        kit holds them to it.
+        """
+        del options
+
     @abstractmethod
     def verify(self, batch: VerifyInput) -> Verification:
         """Verify one step."""

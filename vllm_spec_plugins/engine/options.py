@@ -135,12 +135,14 @@ def _announce(settings: PluginSettings, native: Mapping[str, Any]) -> None:
         f"{name} [{plugins.load(Kind.VERIFIER, name).guarantee.value}]"
         for name in settings.verifiers_allowed
     ]
-    guarantee = plugins.load(Kind.VERIFIER, settings.verifier.name).guarantee
+    verifier, options = settings.verifier.build(Kind.VERIFIER, plugins)
+    bound = verifier.total_variation_bound(options)
     logger.info(
-        "Speculative decoding: proposer %s, verifier %s (%s: %s). Requests may choose: %s.",
+        "Speculative decoding: proposer %s, verifier %s (%s: %s%s). Requests may choose: %s.",
         proposer,
         settings.verifier.name,
-        guarantee.value,
-        guarantee.meaning,
+        verifier.guarantee.value,
+        verifier.guarantee.meaning,
+        "" if bound is None else f", at most {bound:.3g} per draft token",
         ", ".join(sorted(promises)),
     )

@@ -24,6 +24,7 @@ _HOME = {
     "assert_lossless": "guarantees",
     "assert_price_is_measured": "guarantees",
     "assert_relaxes": "guarantees",
+    "assert_stays_within_its_bound": "guarantees",
     "build_verifier": "guarantees",
     "check_texts": "guarantees",
     "enumeration_error": "enumeration",

@@ -302,6 +302,27 @@ def assert_relaxes(verifier: Verifier) -> None:
     )
 
 
+def assert_stays_within_its_bound(verifier: Verifier) -> None:
+    """A verifier that is `BOUNDED` says by what, and is never further from the target's law.
+
+    Examined at the first token of a draft, averaged over drafts that were drawn.
+
+    Raises:
+        AssertionError: It declares no bound, passes it, or cannot be enumerated.
+    """
+    name, bound = type(verifier).__name__, verifier.total_variation_bound(verifier.options)
+    assert bound is not None, f"{name} is BOUNDED: override total_variation_bound to say by what"
+    assert has_exact_law(verifier), "override accepted_law and residual together with verify"
+    for case in price_cases():
+        (problem,) = case.problems
+        distances, _ = first_token_prices(verifier, problem, case.vocabulary)
+        distance = float(distances.max())
+        assert distance <= bound + TOLERANCE, (
+            f"{case.name}: {name} declares a total variation of at most {bound:.6f} per draft "
+            f"token, but it is {distance:.6f}"
+        )
+
+
 def assert_keeps_its_guarantee(verifier: Verifier, *, samples: int = 200_000) -> None:
     """What `guarantee` promises: the target's law, or a price that is measured right.
 
@@ -313,6 +334,8 @@ def assert_keeps_its_guarantee(verifier: Verifier, *, samples: int = 200_000) ->
         assert_relaxes(verifier)
         assert_price_is_measured(verifier)
         assert_draws_its_law(verifier)
+        if verifier.guarantee is Guarantee.BOUNDED:
+            assert_stays_within_its_bound(verifier)
 
 
 def build_verifier(name: str, options: str = "{}") -> Verifier:
