@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from vllm_spec_plugins.target_model import LayerStack, PagedSequences, TargetModel
 
-#: Batch sizes above this are taken to cost like it.
-_LARGEST_BATCH = 16
+#: Batch sizes that are timed; those above the largest are taken to cost like it.
+_BATCHES, _LARGEST_BATCH = (1, 4), 16
 
 
 def measure_costs(
@@ -36,10 +36,11 @@ def measure_costs(
         target: The target, its pages not yet in use.
         passes: `[E]` one for each exit.
         most: K.
-        max_num_requests: Batch sizes 1, 4 and 16 are timed, as far as they occur.
+        max_num_requests: Batch sizes 1 and 4 are timed, and this one or 16.
         device: Where the target runs.
     """
-    sizes = [size for size in (1, 4, _LARGEST_BATCH) if size <= max_num_requests]
+    largest = min(max_num_requests, _LARGEST_BATCH)
+    sizes = sorted({*(size for size in _BATCHES if size < largest), largest})
     draft = np.empty((len(sizes), len(passes)))
     verify, plain = np.empty((len(sizes), most + 1)), np.empty(len(sizes))
     layers = target.layers(0, target.num_layers)

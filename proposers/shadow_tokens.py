@@ -20,7 +20,6 @@ from vllm_spec_plugins.target_model import LayerState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from vllm_spec_plugins.proposer import StepStates
     from vllm_spec_plugins.target_model import TargetModel
@@ -82,21 +81,15 @@ def shadow_tokens(
     if draws:
         streams = torch.from_numpy(states.streams[of_request]).to(device)
         random = uniforms(streams, states.positions[rows] + 1, 0, Purpose.LENGTH)
-        how = Draws.of(states.temperatures[of_request], random.unsqueeze(1))
+        of_all = np.tile(states.temperatures[of_request], len(exits))
+        how = Draws.of(of_all, random.repeat(len(exits)).unsqueeze(1))
 
-    agreement, confidences = [], []
-    for index in range(len(exits)):
-        part = logits[index * count : (index + 1) * count]
-        drawn = draw(part, how, 0, wants_confidences=True)
-        assert drawn.confidences is not None
-        x, q = drawn.columns, drawn.confidences
-        at_target = p.gather(1, x.unsqueeze(1)).squeeze(1)
-        # A draw is accepted with min(1, p/q); a choice with p.
-        accepted = (at_target / q).clamp(max=1) if draws else at_target
-        agreement.append(torch.where(sampled, accepted, (x == best).float()))
-        confidences.append(q)
-    return ShadowTokens(of_request, _on_host(agreement), _on_host(confidences))
-
-
-def _on_host(columns: list[Tensor]) -> NDArray[np.float32]:
-    return torch.stack(columns, dim=1).cpu().numpy()
+    drawn = draw(logits[:-count], how, 0, wants_confidences=True)  # exit by exit
+    assert drawn.confidences is not None
+    x = drawn.columns.view(len(exits), count).t()  # [N, E]
+    q = drawn.confidences.view(len(exits), count).t()
+    at_target = p.gather(1, x)
+    # A draw is accepted with min(1, p/q); a choice with p.
+    accepted = (at_target / q).clamp(max=1) if draws else at_target
+    agreement = torch.where(sampled.unsqueeze(1), accepted, (x == best.unsqueeze(1)).float())
+    return ShadowTokens(of_request, agreement.cpu().numpy(), q.cpu().numpy())

@@ -223,6 +223,39 @@ def test_probes_now_and_then_and_recovers() -> None:
     assert controller.limits(keys("a"))[0] >= 1
 
 
+def test_the_mean_counts_for_more_where_requests_do_not_differ() -> None:
+    def learned(rates: list[float]) -> float:
+        controller, generator = speedup(cost_ratio=0.1), np.random.default_rng(0)
+        names = [f"r{i}" for i in range(len(rates))]
+        controller.limits(keys(*names))
+        for _ in range(200):
+            drawn = generator.random((len(rates), 6)) < np.array(rates)[:, None]
+            controller.observe(names, counts(*[6] * len(rates)), drawn.cumprod(axis=1).sum(axis=1))
+        return controller.prior_strength
+
+    assert learned([0.7] * 8) > 30
+    assert learned([0.3, 0.9] * 4) < 5
+    assert speedup(prior_strength=7.0).prior_strength == 7
+
+
+def test_in_a_batch_where_drafting_loses_one_request_tries_now_and_then() -> None:
+    """A draft step takes its time whoever drafts: taking turns, few steps would be without."""
+    controller = speedup(probe_every=4)
+    names, drafted_steps = [f"r{i}" for i in range(6)], []
+    for _ in range(200):
+        lengths = controller.limits(keys(*names))
+        longest, total = int(lengths.max()), int(lengths.sum())
+        drafted_steps.append(total)
+        time = StepTime(6, 6 + total, longest, 0.010 + 0.010 * total / 6, 0.020 * longest)
+        controller.observe_step_time(time)
+        had = np.flatnonzero(lengths)
+        controller.observe(
+            [names[i] for i in had], lengths[had], np.zeros(len(had), dtype=np.int64)
+        )
+    assert set(drafted_steps[20:]) == {0, 1}
+    assert sum(drafted_steps[40:]) == 10  # one step of sixteen
+
+
 def test_expected_speedup_forgets() -> None:
     controller = speedup(cost_ratio=0.1)
     controller.limits(keys("a"))

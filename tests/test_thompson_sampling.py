@@ -188,17 +188,22 @@ def play(controller: Thompson, names: list[str], rounds: int = 30) -> list[list[
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_same_history_same_lengths(calibrated: bool) -> None:
     names = ["a", "b", "c", "d"]
-    first = play(thompson(cost_ratio=0.15, calibrated=calibrated), names)
-    assert first == play(thompson(cost_ratio=0.15, calibrated=calibrated), names)
+    first = play(thompson(cost_ratio=0.15, prior_strength=4.0, calibrated=calibrated), names)
+    assert first == play(
+        thompson(cost_ratio=0.15, prior_strength=4.0, calibrated=calibrated), names
+    )
     assert len({length for lengths in first for length in lengths}) > 3
-    backwards = play(thompson(cost_ratio=0.15, calibrated=calibrated), names[::-1])
+    backwards = play(
+        thompson(cost_ratio=0.15, prior_strength=4.0, calibrated=calibrated), names[::-1]
+    )
     assert [lengths[::-1] for lengths in backwards] == first
 
 
 def test_draws_do_not_depend_on_the_company() -> None:
     """Before anything is learned from others, a request decides alone as in a batch."""
-    together = thompson(cost_ratio=0.2).limits(keys([f"r{i}" for i in range(40)], 9))
-    alone = [int(thompson(cost_ratio=0.2).limits(keys([f"r{i}"], 9))[0]) for i in range(40)]
+    unsure: dict[str, Any] = {"cost_ratio": 0.2, "prior_strength": 4.0}
+    together = thompson(**unsure).limits(keys([f"r{i}" for i in range(40)], 9))
+    alone = [int(thompson(**unsure).limits(keys([f"r{i}"], 9))[0]) for i in range(40)]
     assert together.tolist() == alone
     assert set(alone) == {0, MOST}
 

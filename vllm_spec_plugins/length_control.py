@@ -216,10 +216,11 @@ class SpeedupOptions(LengthControlOptions):
     discount: float = Field(
         0.95, gt=0, le=1, description="factor on a request's past evidence at each new draft"
     )
-    prior_strength: float = Field(
-        4.0,
+    prior_strength: float | None = Field(
+        None,
         gt=0,
-        description="draft tokens' worth of evidence that the mean over all requests counts for",
+        description="draft tokens' worth of evidence that the mean over all requests counts for; "
+        "default: learned from how much requests differ",
     )
 
 
@@ -227,7 +228,9 @@ class SpeedupController(LengthController):
     """Knows, of each request, the chance that a draft token is accepted, and what one costs.
 
     The chance is measured from past verdicts (accepted tokens against first rejections,
-    discounted) and drawn towards the mean over all requests. The cost is an option, the same
+    discounted) and drawn towards the mean over all requests: the more, the less requests differ
+    beyond what chance makes of the few tokens each of them drafts (`_learn_spread`). The cost is
+    an option, the same
     for every request whatever the others do; or it is learned from the times of past steps,
     for the batch as it is (`StepCost`).
     """
@@ -236,23 +239,34 @@ class SpeedupController(LengthController):
     #: As registered, for messages.
     name: ClassVar[str]
 
-    #: Columns of the table; those of a subclass follow.
-    _ACCEPTED, _REJECTED, _OWN = 0, 1, 2
+    #: Columns of the table: discounted numbers of tokens accepted and rejected, and the sum of
+    #: the squared weights of both; those of a subclass follow.
+    _ACCEPTED, _REJECTED, _SQUARES, _OWN = 0, 1, 2, 3
     #: Discount, at each step, of the mean over all requests.
     _MEAN_DISCOUNT = 0.99
+    #: Draft tokens' worth of evidence that `initial_acceptance` counts for in that mean.
+    _INITIAL_TOKENS = 4.0
+    #: Least and most that the mean counts for where that is learned, what it counts for before,
+    #: and the weight of this first guess.
+    _STRENGTHS, _FIRST_STRENGTH, _FIRST_WEIGHT = (2.0, 64.0), 16.0, 100.0
 
     def __init__(
         self, options: SpeedupOptions, context: EngineContext, columns: Sequence[float]
     ) -> None:
         self.check(options, context.facts)
         super().__init__(options, context)
-        self._strength, self._initial = options.prior_strength, options.initial_acceptance
+        self._given_strength, self._initial = options.prior_strength, options.initial_acceptance
         self._discount = options.discount
         self._given_cost = options.cost_ratio
-        self._table = RequestTable([0.0, 0.0, *columns], context.max_num_requests)
+        self._table = RequestTable([0.0] * self._OWN + [*columns], context.max_num_requests)
         self._cost = StepCost()
         self._most = context.facts.num_speculative_tokens
         self._accepted, self._rejected = 0.0, 0.0
+        #: Variance between requests, and what it would be if each were always or never right.
+        self._variance, self._most_variance = (
+            self._FIRST_WEIGHT / (1 + self._FIRST_STRENGTH),
+            self._FIRST_WEIGHT,
+        )
 
     @classmethod
     def check(cls, options: LengthControlOptions, facts: ModelFacts) -> None:
@@ -271,14 +285,43 @@ class SpeedupController(LengthController):
 
     def _evidence(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`[R]` draft tokens accepted and rejected, the mean's share included: both positive."""
-        accepted = self._accepted + self._strength * self._initial
-        rejected = self._rejected + self._strength * (1 - self._initial)
-        scale = self._strength / (accepted + rejected)
+        mean, strength = self._mean, self.prior_strength
         own = self._table.values[rows, : self._OWN]
         return (
-            own[:, self._ACCEPTED] + scale * accepted,
-            own[:, self._REJECTED] + scale * rejected,
+            own[:, self._ACCEPTED] + strength * mean,
+            own[:, self._REJECTED] + strength * (1 - mean),
         )
+
+    @property
+    def prior_strength(self) -> float:
+        """Draft tokens' worth of evidence that the mean over all requests counts for."""
+        if self._given_strength is not None:
+            return self._given_strength
+        least, most = self._STRENGTHS
+        share = self._variance / self._most_variance  # 1 / (1 + strength)
+        return min(max(1 / max(share, 1e-9) - 1, least), most)
+
+    @property
+    def _mean(self) -> float:
+        """Chance that a draft token is accepted, over all requests."""
+        accepted = self._accepted + self._INITIAL_TOKENS * self._initial
+        return accepted / (self._accepted + self._rejected + self._INITIAL_TOKENS)
+
+    def _learn_spread(self, own: NDArray[np.float64]) -> None:
+        """Learn how much requests differ from `[R, _OWN]` evidence, by the method of moments.
+
+        If chances of acceptance are Beta-distributed over requests with mean m and strength s,
+        the n tokens of a request are accepted m n times on average, with variance
+        m (1 - m) (Q + (n^2 - Q) / (1 + s)), Q the sum of their squared weights.
+        """
+        mean = self._mean
+        binomial = mean * (1 - mean)
+        accepted, squares = own[:, self._ACCEPTED], own[:, self._SQUARES]
+        count = accepted + own[:, self._REJECTED]
+        beyond_chance = (accepted - mean * count) ** 2 - binomial * squares
+        most = binomial * (count**2 - squares)
+        self._variance = self._variance * self._MEAN_DISCOUNT + float(beyond_chance.sum())
+        self._most_variance = self._most_variance * self._MEAN_DISCOUNT + float(most.sum())
 
     @property
     def _length_to_measure(self) -> int:
@@ -296,10 +339,18 @@ class SpeedupController(LengthController):
         self._rejected = self._rejected * self._MEAN_DISCOUNT + float(rejected.sum())
         known = self._table.known(request_ids)
         rows = self._table.rows([i for i, k in zip(request_ids, known, strict=True) if k])
+        self._fade(rows)
         evidence = self._table.values
-        evidence[rows, : self._OWN] *= self._discount
         evidence[rows, self._ACCEPTED] += accepted[known]
         evidence[rows, self._REJECTED] += rejected[known]
+        evidence[rows, self._SQUARES] += accepted[known] + rejected[known]
+        if self._given_strength is None:
+            self._learn_spread(evidence[rows, : self._OWN])
+
+    def _fade(self, rows: NDArray[np.int64]) -> None:
+        """Past evidence of some requests counts less."""
+        self._table.values[rows, : self._SQUARES] *= self._discount
+        self._table.values[rows, self._SQUARES] *= self._discount**2
 
     def set_pass_times(self, num_tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
         self._cost.set_pass_times(num_tokens, seconds)
@@ -315,7 +366,9 @@ class ExpectedSpeedupOptions(SpeedupOptions):
     probe_every: int = Field(
         16,
         ge=1,
-        description="where drafting does not pay, one token is drafted every so many steps",
+        description="a request for which drafting does not pay drafts one token every so many "
+        "steps; where it pays for no request of a batch, one of them does, up to four times as "
+        "rarely",
     )
 
 
@@ -335,9 +388,13 @@ class ExpectedSpeedup(SpeedupController):
     name = "expected_speedup"
 
     _IDLE = SpeedupController._OWN
+    #: Most that waiting for the next attempt grows to, in `probe_every`.
+    _LONGEST_WAIT = 4
 
     def __init__(self, options: ExpectedSpeedupOptions, context: EngineContext) -> None:
         super().__init__(options, context, columns=[0.0])
+        #: Steps in which nobody drafted, and after how many of them one request does.
+        self._idle_steps, self._wait = 0, options.probe_every
 
     def acceptance(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
         """`[R]` estimated chance that a draft token of each request is accepted."""
@@ -356,9 +413,27 @@ class ExpectedSpeedup(SpeedupController):
         else:
             return np.full(len(rows), self._length_to_measure, dtype=np.int64)
         idle = np.where(lengths == 0, self._table.values[rows, self._IDLE] + 1, 0)
-        probe = idle >= self.options.probe_every
+        if self._given_cost is not None or lengths.any():
+            self._idle_steps, self._wait = 0, self.options.probe_every
+            probe = idle >= self.options.probe_every
+        else:
+            probe = self._probe_of_idle_batch(idle)
         self._table.values[rows, self._IDLE] = np.where(probe, 0, idle)
         return np.where(probe, 1, lengths)
+
+    def _probe_of_idle_batch(self, idle: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """`[R]` who drafts a token where it pays for nobody: the one that did not for longest.
+
+        A draft step takes its time whoever drafts. If each request had its own turn, a batch
+        would hardly have a step without one.
+        """
+        probe = np.zeros(len(idle), dtype=np.bool_)
+        self._idle_steps += 1
+        if self._idle_steps >= self._wait:
+            self._idle_steps = 0
+            self._wait = min(2 * self._wait, self._LONGEST_WAIT * self.options.probe_every)
+            probe[idle.argmax()] = True
+        return probe
 
 
 def best_lengths(

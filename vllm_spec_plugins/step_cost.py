@@ -58,7 +58,7 @@ class CostLine:
     #: Largest ratio of a time to the line's that is taken at face value.
     _OUTLIER = 3.0
 
-    def __init__(self, discount: float = 0.98) -> None:
+    def __init__(self, discount: float = 0.99) -> None:
         self._discount = discount
         self._weight = 0.0
         # Discounted means and central second moments.

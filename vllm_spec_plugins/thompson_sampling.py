@@ -42,7 +42,7 @@ class ThompsonOptions(SpeedupOptions):
         "beside the request's acceptance rate",
     )
     confidence_strength: float = Field(
-        16.0,
+        64.0,
         gt=0,
         description="draft tokens' worth of evidence that a token's confidence counts for; "
         "with `calibrated`",
@@ -79,12 +79,17 @@ class Thompson(SpeedupController):
 
     #: Columns: a and b of the step, product of the thetas, what a token must yield at the cost
     #: given as an option; then K confidences.
-    _A, _B, _SURVIVAL, _NEEDED, _CONFIDENCES = range(SpeedupController._OWN, 7)
+    _A, _B, _SURVIVAL, _NEEDED, _CONFIDENCES = range(
+        SpeedupController._OWN, SpeedupController._OWN + 5
+    )
+
+    #: Draft tokens' worth of evidence that a request's rate counts for in a bin of confidences.
+    _PRIOR_OF_BINS = 4.0
 
     def __init__(self, options: ThompsonOptions, context: EngineContext) -> None:
         confidences = context.facts.num_speculative_tokens if options.calibrated else 0
         super().__init__(options, context, columns=[0, 0, 1, 0, *[np.nan] * confidences])
-        self._bins = ConfidenceBins(options.prior_strength) if options.calibrated else None
+        self._bins = ConfidenceBins(self._PRIOR_OF_BINS) if options.calibrated else None
         #: Of this round, at the costs measured: tokens that verifying one more must yield, `[K]`
         #: and a 0, and that drafting one must, for all requests together.
         self._verifying = np.zeros(self._most + 1)
@@ -124,7 +129,7 @@ class Thompson(SpeedupController):
         else:
             lengths[:] = self._length_to_measure
         # Where nothing is drafted nothing is observed: evidence fades here instead.
-        self._table.values[rows[lengths == 0], : self._OWN] *= self.options.discount
+        self._fade(rows[lengths == 0])
         state = np.full((len(rows), self._table.values.shape[1] - self._A), np.nan)
         state[:, 0], state[:, 1], state[:, 2], state[:, 3] = a, b, 1.0, needed
         self._table.values[rows, self._A :] = state

@@ -98,7 +98,7 @@ class StepTimes:
         A kind of step takes the lower quartile of its times: other work on the machine makes
         steps slower and nothing makes them faster. What is left of that is smoothed, or the best
         fixed length would be the one whose times were least disturbed: each draft token takes
-        the same, and verification is a parabola of the draft's length.
+        the same, and to verify more tokens never takes less.
 
         Args:
             rows: All of one engine, whose exits are those of the traces or take their places.
@@ -121,9 +121,9 @@ class StepTimes:
                 if length:
                     of_exit = {r["exit_layer"]: r["drafting_seconds"] for r in here}
                     draft[b, :, length] = [np.quantile(of_exit[e], _TYPICAL) for e in exits]
-            verify[b] = _smooth(verify[b], degree=2)
+            verify[b] = _rising(verify[b])
         for row in draft.reshape(-1, most + 1):
-            row[1:] = _smooth(row[1:], degree=1)
+            row[1:] = _on_a_line(row[1:])
         return cls(
             np.array(sizes, dtype=np.int64),
             verify,
@@ -161,10 +161,22 @@ class StepTimes:
         )
 
 
-def _smooth(seconds: NDArray[np.float64], degree: int) -> NDArray[np.float64]:
-    """Times over the number of draft tokens, as a rising polynomial."""
+def _rising(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest times that never fall (isotonic regression, by its min-max formula)."""
+    count = len(seconds)
+    return np.array(
+        [
+            max(min(seconds[a : b + 1].mean() for b in range(i, count)) for a in range(i + 1))
+            for i in range(count)
+        ]
+    )
+
+
+def _on_a_line(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest times that rise by the same each time."""
     x = np.arange(len(seconds))
-    return np.maximum.accumulate(np.polynomial.Polynomial.fit(x, seconds, degree)(x))
+    slope, start = np.polyfit(x, seconds, 1).tolist()
+    return start + slope * x
 
 
 @dataclass(slots=True)
