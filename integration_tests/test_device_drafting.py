@@ -9,6 +9,12 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("acme_methods")]
 
 CONFIG = {"method": "acme_on_device", "num_speculative_tokens": 4}
+NGRAM_ADAPTIVE = {
+    "method": "ngram_adaptive",
+    "matching": "device",
+    "num_speculative_tokens": 4,
+    "min_acceptance": 0.05,
+}
 #: Eight requests of some 50 tokens share 6 blocks of 32 tokens.
 PREEMPTING = {
     "block_size": 32,
@@ -29,6 +35,7 @@ def plain(serve_offline: Any, prompts: list[Any], generate: Any) -> list[list[in
     ("config", "engine_args"),
     [
         (CONFIG, PREEMPTING),
+        (NGRAM_ADAPTIVE, PREEMPTING),
         pytest.param({**CONFIG, "draws": True}, {}, marks=pytest.mark.slow),
     ],
 )

@@ -45,6 +45,7 @@ DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 3}
 CONFIGURATIONS = {
     "ngram_adaptive, token": {**NGRAM_ADAPTIVE, **LOSSLESS},
     "ngram_adaptive, block": {**NGRAM_ADAPTIVE, **BLOCK},
+    "ngram_adaptive, on the device": {**NGRAM_ADAPTIVE, "matching": "device", **LOSSLESS},
     "ngram of vLLM": {**NGRAM, **LOSSLESS},
     "draft_model of vLLM": {**DRAFT_MODEL, **LOSSLESS},
     "third party": {"method": "acme_sampled", "num_speculative_tokens": 4},
@@ -62,6 +63,7 @@ CONFIGURATIONS = {
 #: Kin of configurations that run by default.
 SLOW = {
     "ngram_adaptive, block",
+    "ngram_adaptive, on the device",
     "ngram of vLLM",
     "third party",
     "early_exit, exits per token",
