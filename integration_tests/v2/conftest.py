@@ -52,6 +52,23 @@ def serve_v2(
     return serve
 
 
+@pytest.fixture(scope="session")
+def plain_texts(
+    serve_v2: Callable[..., Any], generate: Callable[..., list[list[int]]]
+) -> Callable[[list[dict[str, list[int]]], int], list[list[int]]]:
+    """`plain_texts(prompts, max_tokens)`: greedy texts without drafts, decoded once."""
+    known: dict[str, list[list[int]]] = {}
+
+    def plain_texts(prompts: list[dict[str, list[int]]], max_tokens: int) -> list[list[int]]:
+        key = repr((prompts, max_tokens))
+        if key not in known:
+            with serve_v2() as llm:
+                known[key] = generate(llm, prompts, max_tokens=max_tokens)
+        return known[key]
+
+    return plain_texts
+
+
 @pytest.fixture
 def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM switches asynchronous scheduling off on CPUs, last of all: what it chose is kept."""

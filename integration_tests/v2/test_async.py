@@ -39,9 +39,8 @@ MORE_CONFIGURATIONS = {
 
 
 @pytest.fixture(scope="module")
-def plain(serve_v2: Any, generate: Any) -> list[list[int]]:
-    with serve_v2() as llm:
-        return generate(llm, PROMPTS, max_tokens=MAX_TOKENS)
+def plain(plain_texts: Any) -> list[list[int]]:
+    return plain_texts(PROMPTS, MAX_TOKENS)
 
 
 class Told:

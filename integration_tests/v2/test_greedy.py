@@ -66,9 +66,8 @@ MORE_CONFIGURATIONS = {
 
 
 @pytest.fixture(scope="module")
-def plain(serve_v2: Any, generate: Any) -> list[list[int]]:
-    with serve_v2() as llm:
-        return generate(llm, as_prompts(), max_tokens=MAX_TOKENS)
+def plain(plain_texts: Any) -> list[list[int]]:
+    return plain_texts(as_prompts(), MAX_TOKENS)
 
 
 def as_prompts() -> list[dict[str, list[int]]]:
