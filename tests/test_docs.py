@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from vllm_spec_plugins.triton_kernels.verify_fused import verify_fused
 
 from vllm_spec_plugins.length_control import Fixed, LengthControlOptions
 from vllm_spec_plugins.proposer import DraftInput
 from vllm_spec_plugins.registry import Kind, contract_problem, installed
 from vllm_spec_plugins.testing import toy_context
+from vllm_spec_plugins.testing.enumeration import enumerated_input
+from vllm_spec_plugins.testing.toy_problems import random_problem
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -62,6 +66,16 @@ def test_proposer_page() -> None:
 def test_verifier_page() -> None:
     names = run_examples("writing_a_verifier.md")  # holds itself to its guarantee
     assert contract_problem(Kind.VERIFIER, names["NearTheTop"]) is None
+    # What the kernel is told is what the rule says.
+    rule = names["rule"]
+    plain = random_problem(5, num_draft=3, order=3)
+    batch, _, _ = enumerated_input([plain, plain.with_temperature(0)])
+    relaxation, judge = rule.relaxation(batch)
+    told, own = verify_fused(batch, relaxation=relaxation, judge=judge), rule.verify(batch)
+    assert torch.equal(told.token_ids, own.token_ids)
+    assert told.extra_acceptance is not None
+    torch.testing.assert_close(told.extra_acceptance, own.extra_acceptance)
+    assert float(told.extra_acceptance.sum()) > 1
 
 
 def test_options_page_names_every_option_of_ours() -> None:
