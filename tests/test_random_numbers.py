@@ -10,6 +10,7 @@ from scipy import stats
 
 from vllm_spec_plugins.random_numbers import (
     Purpose,
+    _on_device,
     stream_of_arrival,
     stream_of_seed,
     uniforms,
@@ -42,6 +43,16 @@ def test_values(stream: int, position: int, index: int, purpose: Purpose) -> Non
     by_tensor = uniforms(streams, positions, torch.tensor([index]), purpose)
     assert by_number.item() == by_tensor.item() == expected
     assert 0 < expected < 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 1), (3, 4)])
+@pytest.mark.parametrize("index", [0, 7, torch.arange(4)])
+def test_a_device_and_the_host_draw_the_same(shape: tuple[int, ...], index: torch.Tensor | int):
+    streams = torch.randint(-(2**63), 2**63 - 1, shape)
+    positions = torch.randint(0, 2**40, shape)
+    on_host = uniforms(streams, positions, index, Purpose.DRAFT)
+    assert on_host.dtype == torch.float64
+    assert torch.equal(on_host, _on_device(streams, positions, index, int(Purpose.DRAFT)))
 
 
 def test_mixer_is_splitmix64() -> None:
