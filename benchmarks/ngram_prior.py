@@ -87,7 +87,8 @@ def fitted(traces: list[tuple[Any, Any]]) -> NDArray[np.float64]:
             np.zeros_like(weights),
         )
 
-    return minimize(loss, np.zeros(estimate.NUM_FEATURES), jac=gradient, method="BFGS").x
+    num_features = traces[0][0].shape[1]
+    return minimize(loss, np.zeros(num_features), jac=gradient, method="BFGS").x
 
 
 def fit_prior(traces: dict[str, list[Any]]) -> None:

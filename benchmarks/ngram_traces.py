@@ -13,12 +13,14 @@ files. The first token of each text comes from prefill. vLLM's drafts come from 
 compiled function.
 
     python benchmarks/ngram_traces.py --spec-bench FILE [--old-stdlib DIR --new-stdlib DIR]
-    python benchmarks/ngram_traces.py --spec-bench FILE --fit    # refit PRIOR, print, stop
+    python benchmarks/ngram_traces.py --spec-bench FILE --fit    # refit both PRIORs, print, stop
+    python benchmarks/ngram_traces.py --spec-bench FILE --device-only    # keep the other rows
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +32,7 @@ from typing import Annotated, Any
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
+import ngram_device_replay as on_device
 import numba
 import numpy as np
 import torch
@@ -53,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ngram_adaptive, no adaptation": {"adaptation": False},
     "ngram_adaptive, shared index": {"shared_index": True},
 }
+ON_DEVICE = "ngram_adaptive, on the device"
 THRESHOLDS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 #: Prompt and text to produce, int32.
@@ -167,7 +171,9 @@ def replay_all(items: list[Item], k: int, options: dict[str, Any]) -> NDArray[np
     return total
 
 
-def rows_of(trace: str, items: list[Item], k: int) -> Iterator[dict[str, Any]]:
+def rows_of(
+    trace: str, items: list[Item], k: int, texts: on_device.Trace, device_only: bool
+) -> Iterator[dict[str, Any]]:
     """One row for every proposer."""
     from vllm.v1.spec_decode.ngram_proposer import (
         _find_longest_matched_ngram_and_propose_tokens as find,
@@ -190,6 +196,15 @@ def rows_of(trace: str, items: list[Item], k: int) -> Iterator[dict[str, Any]]:
             "seconds": round(seconds, 3),
         }
 
+    begin = time.perf_counter()
+    thresholds = [0.54 / math.sqrt(k), *THRESHOLDS]
+    counts_at = on_device.replay(texts, k, thresholds)
+    seconds = time.perf_counter() - begin
+    for name, counts in zip(("default", *THRESHOLDS), counts_at, strict=True):
+        of_all = "all settings in one batch, searched once for each place"
+        yield row(ON_DEVICE, counts, seconds, min_acceptance=name, seconds_of=of_all)
+    if device_only:
+        return
     for name, (low, high) in LOOKUPS.items():
         begin = time.perf_counter()
         counts = np.zeros(3, dtype=np.int64)
@@ -229,21 +244,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "ngram_adaptive": ("o", "tab:blue"),
         "ngram_adaptive, no adaptation": ("x", "tab:cyan"),
         "ngram_adaptive, shared index": ("D", "tab:green"),
+        ON_DEVICE: ("P", "tab:purple"),
     }
     for i, k in enumerate(lengths):
         for j, trace in enumerate(traces):
             here = [r for r in rows if (r["trace"], r["num_speculative_tokens"]) == (trace, k)]
             axis = axes[i][j]
-            curve = [r for r in here if isinstance(r.get("min_acceptance"), float)]
-            axis.plot(
-                [r["accepted_per_drafted"] for r in curve],
-                [r["acceptance_length"] for r in curve],
-                ".-",
-                color="lightsteelblue",
-                label="ngram_adaptive, min_acceptance 0.1 to 0.7",
-            )
+            settings = [r for r in here if isinstance(r.get("min_acceptance"), float)]
+            for name, colour in (("ngram_adaptive", "lightsteelblue"), (ON_DEVICE, "plum")):
+                curve = [r for r in settings if r["proposer"] == name]
+                axis.plot(
+                    [r["accepted_per_drafted"] for r in curve],
+                    [r["acceptance_length"] for r in curve],
+                    ".-",
+                    color=colour,
+                    label=f"{name}, min_acceptance 0.1 to 0.7",
+                )
             for r in here:
-                if r not in curve:
+                if r not in settings:
                     mark, colour = marks[r["proposer"]]
                     axis.plot(
                         r["accepted_per_drafted"],
@@ -267,7 +285,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def beaten(rows: list[dict[str, Any]]) -> None:
     """Print, for each setting, ours against both of vLLM's, and whether both numbers are better."""
     for row in rows:
-        if row["proposer"] in LOOKUPS:
+        if (
+            row["proposer"] in (*LOOKUPS, ON_DEVICE)
+            and row.get("min_acceptance", "default") == "default"
+        ):
             ours = next(
                 r
                 for r in rows
@@ -290,7 +311,8 @@ def main(
     spec_bench_file: Annotated[Path, typer.Option("--spec-bench", help="Spec-Bench questions")],
     old_stdlib: Annotated[Path | None, typer.Option(help="folder; default: found")] = None,
     new_stdlib: Annotated[Path | None, typer.Option(help="folder; default: found")] = None,
-    only_fit: Annotated[bool, typer.Option("--fit", help="refit the prior and stop")] = False,
+    only_fit: Annotated[bool, typer.Option("--fit", help="refit the priors and stop")] = False,
+    device_only: Annotated[bool, typer.Option(help="replace the device's rows, no others")] = False,
 ) -> None:
     """Replay all traces, write rows and plot."""
     tokenizer = train_tokenizer([file.text for file in training_files()], VOCABULARY)
@@ -315,13 +337,20 @@ def main(
 
     if only_fit:
         fit_prior(traces)
+        on_device.fit_prior(traces)
         return
     source = {**provenance(), "edit_pair": pair or "as given", "tokenizer": "zoo BPE 8192"}
+    results = RESULTS / "ngram_traces.jsonl"
     rows = []
-    with (RESULTS / "ngram_traces.jsonl").open("w") as file:
+    if device_only:
+        rows = [json.loads(line) for line in results.read_text().splitlines()]
+        rows = [row for row in rows if row["proposer"] != ON_DEVICE]
+    with results.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
         for trace, items in traces.items():
+            texts = on_device.Trace(items)
             for k in (4, 8):
-                for row in rows_of(trace, items, k):
+                for row in rows_of(trace, items, k, texts, device_only):
                     rows.append(row)
                     file.write(json.dumps({**row, **source}) + "\n")
                     print(

@@ -126,6 +126,24 @@ def describe(prediction: Prediction, recent: Tensor) -> Tensor:
     )
 
 
+def cut(
+    prediction: Prediction, acceptance: Tensor, threshold: float | Tensor, max_draft: Tensor
+) -> Tensor:
+    """`[R, K]` int32, the predicted tokens up to where they are no longer expected to be accepted.
+
+    Args:
+        prediction: Of the step.
+        acceptance: `[R, C]` float32, of each token, given that those before it are accepted.
+        threshold: Least expected acceptance of a token with all before it; a number or `[R, 1]`.
+        max_draft: `[R]` integers.
+    """
+    num_draft = acceptance.shape[1] - 1
+    column = torch.arange(num_draft, device=acceptance.device)
+    keep = acceptance[:, :num_draft].cumprod(dim=1) >= threshold
+    keep &= column < max_draft.unsqueeze(1)
+    return torch.where(keep, prediction.token_ids[:, :num_draft], NO_TOKEN)
+
+
 def updated_share(recent: Tensor, num_right: Tensor, has_wrong: Tensor) -> Tensor:
     """`recent` after some tokens that were predicted and, with `has_wrong`, one that was not.
 
@@ -177,14 +195,8 @@ class NgramDevice:
     def propose(self, batch: DeviceDraftInput) -> DeviceDraft:
         """Draft for every request of a step."""
         prediction, features = self.look(batch)
-        num_draft = batch.num_speculative_tokens
-        acceptance = torch.sigmoid(features @ self._weights)[:, :num_draft]  # [R, K]
-        token_ids = prediction.token_ids[:, :num_draft]
-        column = torch.arange(num_draft, device=token_ids.device)
-        keep = (acceptance.cumprod(dim=1) >= self._threshold) & (
-            column < batch.max_draft.unsqueeze(1)
-        )
-        return DeviceDraft(torch.where(keep, token_ids, NO_TOKEN))
+        acceptance = torch.sigmoid(features @ self._weights)  # [R, C]
+        return DeviceDraft(cut(prediction, acceptance, self._threshold, batch.max_draft))
 
     def warm_up(self, max_model_len: int) -> None:
         """Compile what a step launches, for texts of this many columns."""
