@@ -225,3 +225,22 @@ def test_prometheus_shows_what_each_verifier_cost(serve_narrow: Any, drafted_by:
     assert found["vllm_spec_plugins:accepted_tokens_total", "threshold"] == accepted
     labels = 'engine="0",model_name="narrow-in-this-test",proposer="draft_model"'
     assert labels in generate_latest(REGISTRY).decode()
+
+
+def test_the_log_says_how_far_a_bounded_verifier_goes(caplog: pytest.LogCaptureFixture) -> None:
+    from vllm_spec_plugins.config import Choice, PluginSettings
+    from vllm_spec_plugins.engine.options import _announce
+    from vllm_spec_plugins.hookspecs import logger
+
+    logger.addHandler(caplog.handler)
+    try:
+        for name, options, said in (
+            ("kl_judge", {"max_divergence": 0.08}, "bounded and measured, at most 0.2 per draft"),
+            ("typical", {}, "measured, not bounded)."),
+        ):
+            choice = Choice(name=name, options=options)
+            with caplog.at_level("INFO", logger=logger.name):
+                _announce(PluginSettings(verifier=choice, verifiers_allowed={name: choice}), {})
+            assert said in caplog.messages[-1]
+    finally:
+        logger.removeHandler(caplog.handler)
