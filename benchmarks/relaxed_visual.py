@@ -88,7 +88,7 @@ def settings(num_draft: int) -> list[Setting]:
             *(("clusters", {"num_neighbours": NEIGHBOURS, "cluster_size": g}) for g in sizes),
         ]
         return [
-            Setting("lossless"),
+            *(Setting("lossless", {}, temperature) for temperature in (1.0, 0.95, 0.9)),
             *(Setting(name, {"rule": name, **options}) for name, options in mild),
         ]
     swept: list[tuple[str, dict[str, Any]]] = [
