@@ -134,7 +134,7 @@ TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=90)
 STEPS = st.lists(st.integers(0, K + 3), min_size=1, max_size=8)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(TEXTS, STEPS), min_size=1, max_size=3))
 def test_drafts_are_those_of_the_plain_model(requests):
     """Over several steps, of requests that grow by different numbers of tokens."""
