@@ -41,7 +41,7 @@ ENGINE = EngineVocabulary(
 class ExitOptions(ProposerOptions):
     """Options of a proposer with one of each kind."""
 
-    exit_layer: int = Field(ge=1, description="Required.")
+    exit_layer: int = Field(ge=1, description="So many layers.")
     mode: Literal["fast", "exact"] = Field("fast", description="A choice.")
     weights: Path | None = Field(None, description="A file.")
     widths: tuple[int, ...] = Field((1, 2), description="A list.")
@@ -251,8 +251,8 @@ def refusal(raw: dict[str, Any]) -> str:
         ),
         pytest.param(
             {"verifier": "lossless", "num_speculative_tokens": 3},
-            '"method" must be given beside "verifier" and "length_control". Ours: exit, lent, '
-            "orphan. vLLM's own: draft_model, eagle3, ngram.",
+            '"method" must be given beside "verifier" and "length_control". From plugins: '
+            "exit, lent, orphan. vLLM's own: draft_model, eagle3, ngram.",
             id="no method",
         ),
         pytest.param(
@@ -271,7 +271,7 @@ def refusal(raw: dict[str, Any]) -> str:
         ),
         pytest.param(
             {"method": "exit", "num_speculative_tokens": 3},
-            'The proposer "exit": "exit_layer" is missing.',
+            'The proposer "exit": "exit_layer" is missing. It is: So many layers.',
             id="required option missing",
         ),
         pytest.param(
@@ -387,7 +387,8 @@ def refusal(raw: dict[str, Any]) -> str:
         ),
         pytest.param(
             {**WITH_HEAD, "draft_vocabulary": {"size": 3}},
-            '"draft_vocabulary": "file" is missing.',
+            '"draft_vocabulary": "file" is missing. It is: Ranked vocabulary, written by '
+            "`vllm-spec calibrate vocab`.",
             id="draft vocabulary without a file",
         ),
         pytest.param(

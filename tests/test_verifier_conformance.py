@@ -65,9 +65,22 @@ def test_no_verifier_named_is_a_skip(their_package: Path) -> None:
     assert "name a verifier with --spec-verifier" in result.stdout
 
 
+def test_a_misspelt_verifier_is_one_message(their_package: Path) -> None:
+    result = conformance(their_package, "--spec-verifier", "losless")
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR, result.stdout
+    assert (result.stdout + result.stderr).count('Did you mean "lossless"') == 1
+
+
 def test_unknown_names(their_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match='Did you mean "lossless"'):
         build_verifier("losless")
+    with pytest.raises(ConfigError, match='Did you mean "epsilon"'):
+        build_verifier("typical", '{"epsilom": 0.1}')
+    for not_an_object in ("{epsilon: 0.1}", "[0.1]"):
+        with pytest.raises(ConfigError, match="must be"):
+            build_verifier("typical", not_an_object)
+    with pytest.raises(PluginError, match="No module named 'nobody'"):
+        build_verifier("nobody:Verifier")
     monkeypatch.syspath_prepend(their_package)
     with pytest.raises(PluginError, match="is not a subclass of"):
         build_verifier("their_package:NotAVerifier")

@@ -185,8 +185,8 @@ def _proposer(
     ours = registry.names(Kind.PROPOSER)
     if not isinstance(method, str):
         raise ConfigError(
-            f'"method" must be given beside "verifier" and "length_control". Ours: {listed(ours)}. '
-            f"vLLM's own: {listed(engine.main_methods)}."
+            f'"method" must be given beside "verifier" and "length_control". From plugins: '
+            f"{listed(ours)}. vLLM's own: {listed(engine.main_methods)}."
         )
     if method not in {entry.name for entry in registry.entries(Kind.PROPOSER)}:
         raise ConfigError(

@@ -109,7 +109,9 @@ def problems(error: ValidationError, options: type[PluginOptions]) -> str:
                 f'unknown option "{where}".{did_you_mean(where, known)} Allowed: {listed(known)}.'
             )
         elif item["type"] == "missing":
-            sentences.append(f'"{where}" is missing.')
+            field = options.model_fields.get(where)
+            meaning = f" It is: {field.description}" if field and field.description else ""
+            sentences.append(f'"{where}" is missing.{meaning}')
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
             sentences.append(f'"{where}": {message}, got {item["input"]!r}.')

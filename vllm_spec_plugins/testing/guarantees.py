@@ -10,7 +10,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.errors import PluginError
+from vllm_spec_plugins.config import read_options
+from vllm_spec_plugins.errors import ConfigError, PluginError
 from vllm_spec_plugins.registry import Kind, contract_problem, installed
 from vllm_spec_plugins.verifier import Guarantee, Verifier
 
@@ -346,19 +347,33 @@ def build_verifier(name: str, options: str = "{}") -> Verifier:
         options: JSON object of its options.
 
     Raises:
-        SpecPluginsError: There is none of that name, or it does not meet its contract.
-        pydantic.ValidationError: The options are not its own.
+        SpecPluginsError: There is none of that name, it does not meet its contract, or the
+            options are not its own.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
-        plugin = getattr(import_module(module), attribute, None)
+        try:
+            plugin = getattr(import_module(module), attribute, None)
+        except ModuleNotFoundError as error:
+            raise PluginError(
+                f"{name} cannot be used: {error}. Install its package, or put its folder on "
+                "PYTHONPATH."
+            ) from error
         problem = contract_problem(Kind.VERIFIER, plugin)
         if problem is not None:
             raise PluginError(f"{name} cannot be used: {problem}.")
         assert plugin is not None
     else:
         plugin = installed().load(Kind.VERIFIER, name)
-    parsed = plugin.Options.model_validate(json.loads(options))
+    try:
+        values = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"The options of {name} must be JSON, got {options!r}: {error}."
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"The options of {name} must be a JSON object, got {options!r}.")
+    parsed = read_options(Kind.VERIFIER, name, plugin.Options, values)
     context = toy_context()
     plugin.check(parsed, context.facts)
     return plugin(parsed, context)

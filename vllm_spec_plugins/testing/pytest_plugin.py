@@ -31,11 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def verifier_under_test(request: pytest.FixtureRequest) -> Verifier:
-    """The verifier named by `--spec-verifier`, built on toy facts. Skips when none is named."""
+    """The verifier named by `--spec-verifier`, built on toy facts. Skips when none is named.
+
+    A name or an option that is wrong ends the run: one message, not one for every test.
+    """
     name: Any = request.config.getoption("--spec-verifier")
     options: Any = request.config.getoption("--spec-verifier-options")
     if name is None:
         pytest.skip("name a verifier with --spec-verifier")
+    from vllm_spec_plugins.errors import SpecPluginsError
     from vllm_spec_plugins.testing.guarantees import build_verifier
 
-    return build_verifier(name, options)
+    try:
+        return build_verifier(name, options)
+    except SpecPluginsError as error:
+        pytest.exit(f"--spec-verifier {name}: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
