@@ -29,6 +29,7 @@ NGRAM = {"method": "ngram_gpu", "prompt_lookup_min": 1, "prompt_lookup_max": 3, 
 BLOCK = {"name": "lossless", "rule": "block"}
 CONFIGURATIONS = {"a plugin's, token": ON_DEVICE}
 MORE_CONFIGURATIONS = {
+    "ngram_adaptive, token": {"method": "ngram_adaptive", "matching": "device", **_DRAFTS},
     "ngram of vLLM, block": {**NGRAM, "verifier": BLOCK},
     "a plugin's, block": {**ON_DEVICE, "verifier": BLOCK},
     "a plugin's draws, token": {**ON_DEVICE, "draws": True},
@@ -339,3 +340,22 @@ def test_a_proposer_cannot_need_what_is_not_brought(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(proposer, "needs", Needs.HIDDEN_STATES)
     with pytest.raises(PluginError, match="needs HIDDEN_STATES"):
         split(ON_DEVICE, engine_vocabulary(), lambda _: None, registry())
+
+
+@pytest.mark.slow
+def test_sampling_options_reach_every_draft_token(serve_v2: Any, generate: Any) -> None:
+    """Penalties count the draft tokens before a row; those that nobody drafted come after it."""
+    each = [
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"allowed_token_ids": [2, 3, 5, 7]},
+        {},
+        {"logprobs": 2},
+        {"min_tokens": 12, "stop_token_ids": [2]},
+    ]
+    with serve_v2() as llm:
+        wanted = generate(llm, PROMPTS, max_tokens=MAX_TOKENS, each=each)
+    assert len({tuple(text) for text in wanted}) == len(PROMPTS)
+    with serve_v2(ON_DEVICE) as llm:
+        assert is_asynchronous(llm)
+        assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS, each=each) == wanted
