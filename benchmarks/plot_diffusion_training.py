@@ -22,7 +22,7 @@ def main() -> None:
     rows = [row for row in rows if not row.get("states_withheld")]
     names = sorted({row["drafter"] for row in rows if "steps" in row})
     figure = Figure(figsize=(5 * len(names), 7), layout="constrained", facecolor="white")
-    grid = figure.subplots(2, len(names), squeeze=False, sharey="row")
+    grid = figure.subplots(2, len(names), squeeze=False, sharex=True, sharey="row")
     for column, name in enumerate(names):
         for line, temperature in enumerate((0.0, 1.0)):
             here = [row for row in rows if row["temperature"] == temperature]
