@@ -178,6 +178,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     """Both curves, and quality against acceptance length at both temperatures."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
 
     mpl.use("Agg")
     figure = Figure(figsize=(15, 4.8), layout="constrained", facecolor="white")
@@ -216,19 +217,23 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 label=label,
                 capsize=2,
             )
+            # Curves may meet: the labels of one are above its points, those of the other below.
+            place, side = ((6, 6), "left") if name == "judge" else ((-6, -12), "right")
             for point in points:
                 if point["level"] is not None:
                     axes.annotate(
                         f"{point['level']:.3g}", (point["acceptance_length"], point["accuracy"]),
-                        xytext=(4, 5), textcoords="offset points", fontsize=8,
+                        xytext=place, textcoords="offset points", fontsize=8, ha=side,
                         color=colours[name],
                     )  # fmt: skip
+        axes.margins(x=0.12)
         axes.set(
             title=f"temperature {temperature:g}",
             xlabel="acceptance length, bonus token included",
             ylabel="share of right answers",
             ylim=(-0.03, 1.06),
         )
+        axes.xaxis.set_major_locator(MultipleLocator(0.5))
         axes.legend(frameon=False, loc="lower left")
     figure.savefig(PICTURE, dpi=130)
     print(PICTURE.name)
