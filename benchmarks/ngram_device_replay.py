@@ -33,36 +33,46 @@ COMPARED, COMPARED_TOKENS = 499, 30_000
 
 
 @numba.njit
-def search(tokens: Any, size: int, longest: int, found: Any) -> None:
+def same_before(tokens: Any, size: int) -> Any:
+    """`[size]` where each token stood the time before; -1 = nowhere."""
+    last, before = {np.int32(-1): -1}, np.empty(size, dtype=np.int32)
+    for place in range(size):
+        before[place] = last.get(tokens[place], -1)
+        last[tokens[place]] = place
+    return before
+
+
+@numba.njit
+def search(tokens: Any, before: Any, size: int, longest: int, found: Any) -> None:
     """Length, count, position, earlier position of `suffix_match`, by its definition."""
     length = count = 0
     position = earlier = -1
-    for end in range(size - 1, 0, -1):
-        if tokens[end - 1] != tokens[size - 1]:
-            continue
+    place = before[size - 1]
+    while place >= 0:
         matched = 1
         while (
             matched < longest
-            and matched < end
-            and tokens[end - 1 - matched] == tokens[size - 1 - matched]
+            and matched <= place
+            and tokens[place - matched] == tokens[size - 1 - matched]
         ):
             matched += 1
         if matched > length:
-            length, count, position, earlier = matched, 1, end, -1
+            length, count, position, earlier = matched, 1, place + 1, -1
         elif matched == length:
             count += 1
-            earlier = max(earlier, end)
+            earlier = max(earlier, place + 1)
+        place = before[place]
     found[0], found[1], found[2], found[3] = length, count, position, earlier
 
 
 @numba.njit
-def search_all(table: Any, slots: Any, sizes: Any, starts: Any, memory: Any) -> None:
+def search_all(table: Any, before: Any, slots: Any, sizes: Any, starts: Any, memory: Any) -> None:
     """Fill `memory` at every place asked for that is not known yet."""
     for request in range(len(slots)):
         text = slots[request] % len(starts)
         place = starts[text] + sizes[request]
         if memory[place, 0] < 0:
-            search(table[text], sizes[request], MAX_MATCH, memory[place])
+            search(table[text], before[text], sizes[request], MAX_MATCH, memory[place])
 
 
 class Trace:
@@ -79,6 +89,9 @@ class Trace:
         self.table = np.full((len(texts), self.sizes.max()), -2, dtype=np.int32)
         for row, text in zip(self.table, texts, strict=True):
             row[: len(text)] = text
+        self._before = np.full_like(self.table, -1)
+        for before, text in zip(self._before, texts, strict=True):
+            before[: len(text)] = same_before(text, len(text))
         outputs = self.sizes - self.prompts + 1
         self._starts = np.cumsum(outputs) - outputs - self.prompts
         self._memory = np.full((outputs.sum(), 4), -1, dtype=np.int32)
@@ -95,7 +108,7 @@ class Trace:
     ) -> SuffixMatch:
         """In the place of `suffix_match`."""
         slots, sizes = rows.numpy(), num_tokens.numpy()
-        search_all(self.table, slots, sizes, self._starts, self._memory)
+        search_all(self.table, self._before, slots, sizes, self._starts, self._memory)
         places = self._starts[slots % len(self._starts)] + sizes
         found = torch.from_numpy(self._memory[places])  # [R, 4]
         length, count, position, earlier = found.unbind(1)
