@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: help set-up demo test test-all test-v2 lint format docs clean
 
 help:  ## what can be made
-	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed 's/:.*## */|/' | \
+	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## */|/' | \
 		awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 set-up:  ## create .venv and install into it (every target does this first)
