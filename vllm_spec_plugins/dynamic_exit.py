@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 class DynamicExitOptions(LengthControlOptions):
     sample_every: int = Field(
-        8, ge=1, description="shadow tokens of all exits are computed in one of so many steps"
+        4, ge=1, description="shadow tokens of all exits are computed in one of so many steps"
     )
     discount: float = Field(
         0.95, gt=0, le=1, description="factor on a request's past evidence at each new shadow step"
