@@ -14,7 +14,9 @@ def options(extra_args: dict[str, Any] | None) -> RequestOptions:
     return read(extra_args, verifiers_allowed=["lossless", "judge"], num_speculative_tokens=4)
 
 
-@pytest.mark.parametrize("extra_args", [None, {}, {"kv_transfer": 1}, {"spec_decode": {}}])
+@pytest.mark.parametrize(
+    "extra_args", [None, {}, {"kv_transfer": 1, "spec_decoding": 2}, {"spec_decode": {}}]
+)
 def test_nothing_chosen(extra_args: dict[str, Any] | None) -> None:
     assert options(extra_args) is DEFAULT
     assert (DEFAULT.enabled, DEFAULT.verifier, DEFAULT.num_speculative_tokens) == (True, None, None)
@@ -118,6 +120,19 @@ def test_refusals(extra_args: dict[str, Any], phrases: list[str]) -> None:
         options(extra_args)
     for phrase in phrases:
         assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("spec_decod.enabled", "spec_decode.enabled"),
+        ("specdecode.verifier", "spec_decode.verifier"),
+        ("spec-decode", "spec_decode"),
+    ],
+)
+def test_a_misspelt_key_is_not_taken_for_anothers(key: str, meant: str) -> None:
+    with pytest.raises(RequestError, match=f'Unknown key "{key}". Did you mean "{meant}"'):
+        options({key: 0})
 
 
 def test_vllms_own_verification_leaves_no_choice_of_verifier() -> None:

@@ -16,6 +16,7 @@ else is a `RequestError`, an HTTP 400 for that request alone.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def read(
     """Validate a request's choices against what the server allows.
 
     Args:
-        extra_args: `SamplingParams.extra_args`. Other keys are not ours and are left alone.
+        extra_args: `SamplingParams.extra_args`. Keys of others are left alone.
         verifiers_allowed: Names a request may choose.
         num_speculative_tokens: The server's number.
 
@@ -95,7 +96,16 @@ def _gather(extra_args: Mapping[str, Any]) -> dict[str, Any]:
                 raise RequestError(f'"{name}" is given twice, in "{KEY}" and as "{key}".')
             # The HTTP schema has no booleans: they arrive as 0 and 1.
             chosen[name] = bool(value) if name == "enabled" and value in (0, 1) else value
+        elif key != KEY and (meant := _meant(key)):
+            raise RequestError(f'Unknown key "{key}". Did you mean "{meant}"?')
     return chosen
+
+
+def _meant(key: str) -> str | None:
+    """What a key that is nearly ours should have been; None for keys of others."""
+    prefix, dot, name = key.partition(".")
+    near = difflib.get_close_matches(prefix, [KEY], n=1, cutoff=0.9)
+    return f"{KEY}{dot}{name}" if near else None
 
 
 def problems(error: ValidationError, options: type[PluginOptions]) -> str:
