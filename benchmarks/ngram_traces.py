@@ -313,8 +313,11 @@ def main(
     new_stdlib: Annotated[Path | None, typer.Option(help="folder; default: found")] = None,
     only_fit: Annotated[bool, typer.Option("--fit", help="refit the priors and stop")] = False,
     device_only: Annotated[bool, typer.Option(help="replace the device's rows, no others")] = False,
+    trace_names: Annotated[
+        list[str] | None, typer.Option("--trace", help="with --device-only: only these traces")
+    ] = None,
 ) -> None:
-    """Replay all traces, write rows and plot."""
+    """Replay the traces, write rows and plot."""
     tokenizer = train_tokenizer([file.text for file in training_files()], VOCABULARY)
 
     def encode(text: str) -> NDArray[np.int32]:
@@ -344,8 +347,9 @@ def main(
     rows = []
     if device_only:
         rows = [json.loads(line) for line in results.read_text().splitlines()]
-        rows = [row for row in rows if row["proposer"] != ON_DEVICE]
-    with results.open("w") as file:
+        traces = {name: traces[name] for name in trace_names or traces}
+        rows = [r for r in rows if r["proposer"] != ON_DEVICE or r["trace"] not in traces]
+    with results.open("w", buffering=1) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         for trace, items in traces.items():
             texts = on_device.Trace(items)
