@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from vllm_spec_plugins.verifiers.code_clusters import CodeClusters
 
+from vllm_spec_plugins import compiled_rows, vocabulary_passes
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, write_neighbours
 from vllm_spec_plugins.context import EngineContext, ModelFacts
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
@@ -347,3 +348,29 @@ def test_greedy_steps_accept_what_the_formula_does(
         after = best[start + run] if run < NUM_DRAFT else batch.bonus_logits[request].argmax()
         assert row[: run + 1] == [*ids[start : start + run].tolist(), int(after)]
         assert set(row[run + 1 :]) <= {-1}
+
+
+class Watched:
+    """The compiled passes, and which of them were called."""
+
+    def __init__(self) -> None:
+        self.called: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.called.add(name)
+        return getattr(compiled_rows, name)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_warm_up_compiles_what_steps_run(
+    name: str, build: Callable[[str], RelaxedRule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm, real = Watched(), Watched()
+    rule = build(name)
+    monkeypatch.setattr(vocabulary_passes, "kernels", lambda: warm)
+    rule.warm_up()
+    monkeypatch.setattr(vocabulary_passes, "kernels", lambda: real)
+    for greedy in (True, False):
+        rule.verify(wide_step(12, seed=13, drawn=True, greedy=greedy))
+    assert real.called <= warm.called
+    assert warm.called or name in ("threshold", "lantern", "lantern++")

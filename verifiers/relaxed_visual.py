@@ -145,6 +145,10 @@ class RelaxedVisual(RelaxedRule):
                 table < len(table), table + self._first, table.new_full((), -1)
             ).to(context.device)
 
+    @property
+    def warm_up_tokens(self) -> tuple[int, int]:
+        return self._first, self._end
+
     @classmethod
     def verifies_on_device(cls, options: VerifierOptions) -> bool:
         return keeps_no_budget(options)

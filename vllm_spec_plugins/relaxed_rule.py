@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .nobodys_step import nobodys_step
 from .request_table import RequestTable
 from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
     GivenAcceptance,
@@ -145,6 +146,20 @@ class RelaxedRule(AcceptanceRule):
         accept = self.relaxed_acceptance_over_vocabulary(batch, rows)
         # [p - q]+ is the residual of the exact rule.
         return None if accept is None else accept.masked_fill_(exact_rows.unsqueeze(1), 1.0)
+
+    def warm_up(self) -> None:
+        """On the CPU passes over rows are compiled when they are first used (`compiled_rows`)."""
+        if self.context.device.type != "cpu":
+            return
+        for temperature in (1.0, 0.0):
+            step = nobodys_step(self.context, temperature, self.warm_up_tokens)
+            self.verify(step)
+            self.finish(step.request_ids)
+
+    @property
+    def warm_up_tokens(self) -> tuple[int, int]:
+        """`[first, last + 1)` ids among which some are relaxed, for steps of nobody's."""
+        return 0, self.context.facts.vocab_size
 
     def verify(self, batch: VerifyInput) -> Verification:
         if self.draws_exact_residual and can_verify_fused(batch):

@@ -343,6 +343,9 @@ class Verifier(ABC):
         """
         del options
 
+    def warm_up(self) -> None:
+        """Compile and touch everything the first real step would otherwise wait for."""
+
     @abstractmethod
     def verify(self, batch: VerifyInput) -> Verification:
         """Verify one step."""

@@ -144,6 +144,8 @@ class RunnerAdapter:
             if self.target is not None and Needs.TARGET_LAYERS in self._needs:
                 self.target.check()
             self.proposer.warm_up()
+        for verifier in self.verifiers.values():
+            verifier.warm_up()
         self.time_passes(self.length_control)
         if self._is_first_rank:
             self._tell(
