@@ -205,7 +205,7 @@ def serve(model: Path, spec: Any, **engine_args: Any) -> None:
                 spec,
                 {"async_scheduling": True},
                 ConfigError,
-                ["Asynchronous scheduling", why, "Remove --async-scheduling."],
+                ["--async-scheduling cannot be used here: ", why, "Remove it."],
                 id=f"async scheduling, {spec['method']}",
             )
             for spec, why in ((OURS, 'method "ngram_adaptive"'), (BOTH, "model runner V1"))

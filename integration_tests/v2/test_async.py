@@ -313,7 +313,7 @@ def test_who_forces_it_gets_one_error(serve_v2: Any) -> None:
 
     config = {**ON_DEVICE, "length_control": "additive"}
     with (
-        pytest.raises(ConfigError, match=r'with length_control "additive"\. Remove --async'),
+        pytest.raises(ConfigError, match=r'here: length_control "additive" cannot .* Remove it\.'),
         serve_v2(config, async_scheduling=True),
     ):
         pass

@@ -71,9 +71,11 @@ def settle(settings: PluginSettings, args: EngineArgs) -> None:
 
 def refusal(reasons: list[str]) -> str:
     """What is said to who forced it."""
+    *others, last = reasons
+    what = f"{', '.join(others)}, and {last}" if others else last
     return (
-        "Asynchronous scheduling plans a step before the last one is verified, which is not "
-        f"possible with {'; '.join(reasons)}. Remove --async-scheduling."
+        f"--async-scheduling cannot be used here: {what} cannot plan a step before the last one "
+        "is verified. Remove it."
     )
 
 

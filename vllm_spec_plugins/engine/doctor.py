@@ -219,11 +219,13 @@ def scheduling() -> Iterator[Finding]:
         kind: [name for name in plugins.names(kind) if _with_defaults(plugins, kind, name, asks)]
         for kind, asks in device.items()
     }
+    drafting = able[Kind.PROPOSER]
+    by = f" (by a method of vLLM's own, or by {listed(drafting)})" if drafting else ""
     yield Finding(
         "asynchronous scheduling",
         "note",
-        "kept on model runner V2 where the draft is made on the device (by a method of vLLM's own, "
-        f"or by {listed(able[Kind.PROPOSER])}), verified there (by default options: "
+        f"kept on model runner V2 where the draft is made on the device{by}, verified there "
+        "(by default options: "
         f"{listed(able[Kind.VERIFIER])}), and no length_control is set. Everything else, and V1, "
         "needs each step's tokens on the host before it plans the next; the log says at start "
         "which option does",
