@@ -195,7 +195,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--masks", type=int, default=192, help="beside each window")
-    parser.add_argument("--stage-two", type=float, default=0.6)
+    parser.add_argument("--stage-two", type=float, default=DiffusionRecipe().stage_two)
     parser.add_argument("--decay", type=float, default=1.5)
     parser.add_argument("--text-weight", type=float, default=0.5)
     parser.add_argument("--text-labels", action="store_true")
