@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +53,13 @@ def random_drafter(**changes: Any) -> DiffusionDrafter:
     return drafter.requires_grad_(False)
 
 
-def dense(
-    drafter: DiffusionDrafter,
-    text: list[int],
-    block: list[int],
-    window: int = W,
-    first: Callable[[int], int] = lambda _: 0,
-) -> Tensor:
+def dense(drafter: DiffusionDrafter, text: list[int], block: list[int]) -> Tensor:
     """`[B, V]` logits of a block, from one pass over text and block with the mask spelt out.
 
     Args:
         drafter: The drafter.
         text: Before the block.
         block: Its tokens.
-        window: W.
-        first: Of a place of the text, or of the block (its length): the earliest position that
-            was still held then.
     """
     config, length = drafter.config, len(text)
     causal, shifted = config.attention_pattern == "block", config.predicts == "next_token"
@@ -79,9 +69,9 @@ def dense(
     for i in range(size):
         for j in range(size):
             if i < length and causal:
-                visible[0, i, j] = max(first(i), i - window) <= j <= i
+                visible[0, i, j] = i - W <= j <= i
             else:
-                visible[0, i, j] = j >= max(first(length), length - window)
+                visible[0, i, j] = j >= length - W
         visible[0, i, i] = True  # text no one sees: to have no empty row
     states = drafter(torch.tensor([text + read]), torch.arange(size)[None], visible)[0]
     start = length - shifted
@@ -144,38 +134,6 @@ class TestPasses:
         torch.testing.assert_close(
             drafter.denoise(parts, [0], masks), drafter.denoise(whole, [0], masks)
         )
-
-    @pytest.mark.parametrize(("pattern", "predicts"), KINDS)
-    def test_a_cropped_row_goes_on_as_if_nothing_had_been(
-        self, pattern: str, predicts: str
-    ) -> None:
-        drafter = random_drafter(attention_pattern=pattern, predicts=predicts)
-        text, other = random_text(4, 1), random_text(3, 2)
-        cache = prefilled(drafter, [[*text, 9, 9], text])
-        cache.crop([0, 1], [4, 9])
-        assert cache.next.tolist() == [4, 4]
-        logits = drafter.draft(cache, [0, 1], np.array([other] * 2), np.array([3, 3]), 2)
-        torch.testing.assert_close(logits[0], logits[1])
-        expected = dense(drafter, [*text, *other], [MASK] * 2)
-        torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
-
-    def test_what_slid_out_before_a_crop_stays_out(self) -> None:
-        """Ten tokens through a window of seven, then the last two dropped: five are left."""
-        drafter = random_drafter()
-        text, wrong, new = random_text(8, 1), [9, 9], 11
-        cache = prefilled(drafter, [text + wrong])
-        cache.crop([0], [8])
-        assert (cache.first[0], cache.next[0]) == (3, 8)
-        logits = drafter.draft(cache, [0], np.array([[new]]), np.array([1]), 2)
-        expected = dense(drafter, [*text, new], [MASK] * 2, first=lambda i: 3 if i >= 8 else 0)
-        torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
-
-    def test_after_a_crop_a_token_must_follow(self) -> None:
-        drafter = random_drafter()
-        cache = prefilled(drafter, [random_text(5)])
-        cache.crop([0], [4])
-        with pytest.raises(ValueError, match="after `crop`"):
-            drafter.denoise(cache, [0], np.full((1, 2), MASK))
 
     def test_an_empty_row_cannot_be_drafted_from(self) -> None:
         for pattern in ("block", "full"):

@@ -34,7 +34,6 @@ class PrefixCache:
         token_ids: `[N, W]` int64; only for the pattern "full".
         last: `[N, H]` normed hidden state of each row's last token; only where tokens predict
             the next one in the pattern "block".
-        has_last: `[N]` whether `last` is that of the row's last token.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class PrefixCache:
             0 if kept else (num_rows, window), device=device, dtype=torch.int64
         )
         self.last = torch.zeros((num_rows, config.hidden_size), device=device, dtype=dtype)
-        self.has_last = np.zeros(num_rows, dtype=np.bool_)
 
     @staticmethod
     def num_bytes(config: DrafterConfig, num_rows: int, window: int, dtype: torch.dtype) -> int:
@@ -82,26 +80,10 @@ class PrefixCache:
         """
         self.next[rows] = positions
         self.first[rows] = positions
-        self.has_last[rows] = False
 
     def forget(self, rows: Rows) -> None:
         """Empty some rows: their requests ended, or were preempted."""
         self.begin(rows, np.zeros(len(rows), dtype=np.int64))
-
-    def crop(self, rows: Rows, positions: Rows) -> None:
-        """Drop the tokens at and after these positions: the text goes on otherwise there.
-
-        Tokens that had slid out of the window are gone: until as many new ones have come, a block
-        sees fewer than W. A row that already ends before its position stays as it is.
-
-        Before the next `denoise` at least one token must follow (`DiffusionDrafter.extend`): what
-        the new last token predicts is not known.
-        """
-        rows, positions = np.asarray(rows), np.asarray(positions)
-        cut = positions < self.next[rows]
-        self.next[rows] = np.minimum(self.next[rows], positions)
-        self.first[rows] = np.minimum(self.first[rows], self.next[rows])
-        self.has_last[rows] &= ~cut
 
     def append(self, rows: Rows, counts: NDArray[np.int64]) -> None:
         """Move the ends of some rows on: so many tokens were written after them."""

@@ -228,7 +228,7 @@ class DiffusionDrafter(nn.Module):
         token: nothing comes after it. What it gives for the first depends on the text alone.
 
         Args:
-            cache: Of this drafter; every row must hold a token, see `PrefixCache.crop`.
+            cache: Of this drafter; every row must hold a token.
             rows: `[R]`, each once.
             block_token_ids: `[R, B]` masks, and tokens that are settled already.
 
@@ -236,7 +236,7 @@ class DiffusionDrafter(nn.Module):
             `[R, B, V]` float32 logits, one row for each token of the block; -inf for the mask.
 
         Raises:
-            ValueError: What the last token of a row predicts is not known.
+            ValueError: A row is empty.
         """
         config, length = self.config, block_token_ids.shape[1]
         if (cache.next[rows] == cache.first[rows]).any():
@@ -249,8 +249,6 @@ class DiffusionDrafter(nn.Module):
         block = block_token_ids[:, : self._block_tokens(length)]
         states = self._pass(cache, rows, nothing, np.zeros(len(rows), dtype=np.int64), block)
         if config.predicts == "next_token":
-            if not cache.has_last[rows].all():
-                raise ValueError("after `crop`, extend the row by a token before a block")
             states = torch.cat([cache.last[_indices(rows, states)][:, None], states], dim=1)
         return self.logits(states)
 
@@ -440,7 +438,6 @@ class DiffusionDrafter(nn.Module):
         states = self._normed(x)
         grown = np.nonzero(lengths > 0)[0]
         if len(grown):
-            cache.has_last[rows[grown]] = True
             ends = torch.from_numpy(np.stack([grown, lengths[grown] - 1, rows[grown]])).to(device)
             cache.last[ends[2]] = states[ends[0], ends[1]]
         return states
