@@ -20,7 +20,8 @@ from vllm_spec_plugins.testing import toy_context
 from vllm_spec_plugins.testing.enumeration import enumerated_input
 from vllm_spec_plugins.testing.toy_problems import random_problem
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, BENCHMARKS = ROOT / "docs", ROOT / "benchmarks"
 
 
 def run_examples(page: str) -> dict[str, Any]:
@@ -98,3 +99,18 @@ def test_options_page_names_every_option_of_ours() -> None:
 def test_links_between_pages_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+\.md)", (DOCS / page).read_text()):
         assert (DOCS / target).is_file()
+
+
+def test_benchmarks_page_names_every_script_and_its_rows() -> None:
+    page = (BENCHMARKS / "README.md").read_text()
+    named = re.findall(r"^\| `(\w+\.py)` \|", page, flags=re.MULTILINE)
+    scripts = {
+        path.name
+        for path in BENCHMARKS.glob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    assert sorted(named) == sorted(scripts)
+    for rows in (BENCHMARKS / "results").glob("*.jsonl"):
+        assert f"| `{rows.name}` |" in page
+    for target in re.findall(r"\]\(([^)#:]+\.md)", page):
+        assert (BENCHMARKS / target).is_file()
