@@ -50,7 +50,7 @@ class ExitAdapter:
         tensors = load_file(path)
         shapes = {name: tuple(tensors[name].shape) for name in tensors if "probe" not in name}
         if shapes != card.tensor_shapes():
-            raise SpecPluginsError(f"{path} is damaged: its tensors are not those of its card")
+            raise SpecPluginsError(f"{path} is damaged: its tensors are not those of its card.")
         self._attention = target.attention("exit_adapter")
         self._all_reduce = target.all_reduce
         trained_for = Probes(tensors["probe.embedding"], tensors["probe.rotation"])
@@ -107,7 +107,7 @@ class ExitAdapter:
         if differs is not None:
             raise SpecPluginsError(
                 f'{path} was trained for another model ("{card.model}") than this one: {differs}. '
-                "`vllm-spec calibrate adapter` trains one for this model"
+                "`vllm-spec calibrate adapter` trains one for this model."
             )
 
     def _take_shard(self, tensors: Mapping[str, Tensor], target: TargetModel) -> None:

@@ -140,7 +140,7 @@ class NgramAdaptive(Proposer):
         if options.min_match > options.max_match:
             raise ConfigError(
                 f"ngram_adaptive: min_match ({options.min_match}) is larger than max_match "
-                f"({options.max_match}); give a smaller min_match"
+                f"({options.max_match}); give a smaller min_match."
             )
 
         set_anyhow = [name for name in _HOST_OPTIONS if name in options.model_fields_set]
@@ -148,7 +148,7 @@ class NgramAdaptive(Proposer):
             raise ConfigError(
                 f"ngram_adaptive: {listed(set_anyhow)} cannot be given with "
                 '"matching": "device", which keeps no index on the host; remove '
-                f'{"it" if len(set_anyhow) == 1 else "them"}, or take "matching": "host"'
+                f'{"it" if len(set_anyhow) == 1 else "them"}, or take "matching": "host".'
             )
 
     @classmethod

@@ -114,7 +114,7 @@ class AdapterCard:
         if exit_layer != self.exit_layer:
             raise SpecPluginsError(
                 f"the adapter was trained for exit_layer {self.exit_layer}, not {exit_layer}: "
-                f"set exit_layer to {self.exit_layer} or train one for {exit_layer}"
+                f"set exit_layer to {self.exit_layer} or train one for {exit_layer}."
             )
         self.shards(facts.tensor_parallel_size)
 
@@ -128,7 +128,7 @@ class AdapterCard:
         if any(count % ranks for count in whole):
             raise SpecPluginsError(
                 f"the adapter cannot be split among {ranks} ranks: it has {whole[0]} query heads, "
-                f"{whole[1]} key/value heads and {whole[2]} feed-forward columns"
+                f"{whole[1]} key/value heads and {whole[2]} feed-forward columns."
             )
         return whole[0] // ranks, whole[1] // ranks, whole[2] // ranks
 

@@ -50,7 +50,7 @@ class CardFormat:
 
         if not Path(path).is_file():
             noun = self.noun.rsplit(" ", 1)[-1]
-            raise SpecPluginsError(f"no {noun} file {path}: `{self.command}` trains one")
+            raise SpecPluginsError(f"no {noun} file {path}: `{self.command}` trains one.")
         try:
             with safe_open(str(path), framework="pt") as file:
                 text = (file.metadata() or {}).get(self.key)
@@ -67,12 +67,12 @@ class CardFormat:
             return values
         raise SpecPluginsError(
             f"{path} is {self.with_article} of format version {version}; this release reads "
-            f"version {self.version}: train it again, or use the release that wrote it"
+            f"version {self.version}: train it again, or use the release that wrote it."
         )
 
     def not_one(self, path: str | Path, why: str) -> SpecPluginsError:
         """The error about a file that is not of this kind."""
-        return SpecPluginsError(f"{path} is not {self.with_article}: {why}")
+        return SpecPluginsError(f"{path} is not {self.with_article}: {why}.")
 
     def bad_card(self, path: str | Path, error: Exception) -> SpecPluginsError:
         """The error about a card whose values are not what they should be."""
@@ -109,5 +109,5 @@ def check_sizes(noun: str, trained_for: str, sizes: Mapping[str, int], facts: Mo
         if there != here:
             raise SpecPluginsError(
                 f'the {noun} was trained for another model ("{trained_for}"): '
-                f"its {name} is {there}, that of {facts.model} is {here}"
+                f"its {name} is {there}, that of {facts.model} is {here}."
             )

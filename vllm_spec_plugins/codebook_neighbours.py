@@ -67,7 +67,7 @@ class NeighbourCard:
             SpecPluginsError: No such file, not a neighbour table, or one of another version.
         """
         if not Path(path).is_file():
-            raise SpecPluginsError(f"no neighbour table {path}: `{_COMMAND}` makes one")
+            raise SpecPluginsError(f"no neighbour table {path}: `{_COMMAND}` makes one.")
         values = _FORMAT.read(path)
         try:
             return cls(**values)
@@ -90,17 +90,17 @@ class NeighbourCard:
             raise SpecPluginsError(
                 f"{path} has neighbours of {self.num_codes} codes, but image_token_range "
                 f"[{first}, {end}) holds {end - first}: give the table of this model's codebook, "
-                "or the range its codes have"
+                "or the range its codes have."
             )
         if self.first_token_id is not None and self.first_token_id != first:
             raise SpecPluginsError(
                 f"{path} was made for codes that begin at id {self.first_token_id}, but "
-                f"image_token_range begins at {first}"
+                f"image_token_range begins at {first}."
             )
         if self.vocab_size is not None and self.vocab_size != facts.vocab_size:
             raise SpecPluginsError(
                 f'{path} was made for another model ("{self.model}"): its vocabulary has '
-                f"{self.vocab_size} ids, that of {facts.model} {facts.vocab_size}"
+                f"{self.vocab_size} ids, that of {facts.model} {facts.vocab_size}."
             )
 
 

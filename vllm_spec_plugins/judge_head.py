@@ -80,7 +80,7 @@ class JudgeCard:
         if card.layer != card.num_layers or card.norm_state != NORM_STATE:
             raise SpecPluginsError(
                 f"{path} reads hidden states {card.norm_state}, of layer {card.layer} of "
-                f"{card.num_layers}; verifiers get those {NORM_STATE}, of the last layer"
+                f"{card.num_layers}; verifiers get those {NORM_STATE}, of the last layer."
             )
         return card
 
@@ -139,10 +139,10 @@ class JudgeHead:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise SpecPluginsError(
                 f"{path} is damaged: its tensors ({shapes}) are not those of a head of width "
-                f"{card.hidden_size}"
+                f"{card.hidden_size}."
             )
         if not all(bool(tensors[name].isfinite().all()) for name in ("weight", "bias")):
-            raise SpecPluginsError(f"{path} is damaged: its weights are not all finite numbers")
+            raise SpecPluginsError(f"{path} is damaged: its weights are not all finite numbers.")
         weight, bias = tensors["weight"].to(device), tensors["bias"].to(device)
         return cls(card, weight, bias, tensors["never_judge"], probes)
 
@@ -174,6 +174,6 @@ class JudgeHead:
         if differs is not None:
             raise SpecPluginsError(
                 f'{path} was trained for another model ("{self.card.model}") than {folder}: '
-                f"{differs}. `vllm-spec calibrate judge` trains one for this model"
+                f"{differs}. `vllm-spec calibrate judge` trains one for this model."
             )
         return bool(self.probes.keys() & found.keys())

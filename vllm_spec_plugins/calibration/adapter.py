@@ -78,11 +78,11 @@ class AdapterRecipe:
         if not 1 <= self.exit_layer < model.num_layers:
             raise SpecPluginsError(
                 f"exit_layer must be 1 to {model.num_layers - 1} for this model of "
-                f"{model.num_layers} layers, not {self.exit_layer}"
+                f"{model.num_layers} layers, not {self.exit_layer}."
             )
         if not 2 <= self.window <= model.max_positions:
             raise SpecPluginsError(
-                f"window must be 2 to {model.max_positions} tokens, not {self.window}"
+                f"window must be 2 to {model.max_positions} tokens, not {self.window}."
             )
 
 
@@ -200,7 +200,7 @@ def train(
         if state["job"] != job:
             raise SpecPluginsError(
                 f"{checkpoint} is left of a training with another model, text or settings: finish "
-                "that with its own command, delete the file, or choose another output"
+                "that with its own command, delete the file, or choose another output."
             )
         block.load_state_dict(state["block"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

@@ -114,7 +114,7 @@ def load_block(path: str | Path, model: LocalModel) -> AdapterBlock:
         trained_for = Probes(tensors.pop("probe.embedding"), tensors.pop("probe.rotation"))
         differs = trained_for.compare(probes_of(model))
     if differs is not None:
-        raise SpecPluginsError(f'{path} was trained for another model ("{card.model}"): {differs}')
+        raise SpecPluginsError(f'{path} was trained for another model ("{card.model}"): {differs}.')
     block.load_state_dict(tensors)
     return block.requires_grad_(False)
 

@@ -44,7 +44,7 @@ class Codebook:
         if not Path(path).is_file():
             raise SpecPluginsError(
                 f"no codebook file {path}: give the safetensors file of the image tokenizer "
-                "(the VQ model), which is often apart from the language model"
+                "(the VQ model), which is often apart from the language model."
             )
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -52,15 +52,15 @@ class Codebook:
                 chosen = _choose(path, tensor, shapes)
                 embeddings = file.get_tensor(chosen)
         except (SafetensorError, OSError) as error:
-            raise SpecPluginsError(f"{path} is not a safetensors file: {error}") from error
+            raise SpecPluginsError(f"{path} is not a safetensors file: {error}.") from error
         where = f'{path}, tensor "{chosen}"'
         if not embeddings.is_floating_point():
             raise SpecPluginsError(
-                f"{where} is of {embeddings.dtype}: a codebook is a matrix of floats"
+                f"{where} is of {embeddings.dtype}: a codebook is a matrix of floats."
             )
         embeddings = embeddings.float()
         if bad := int((~embeddings.isfinite()).any(dim=1).sum()):
-            raise SpecPluginsError(f"{where}: {bad} rows hold NaN or infinity")
+            raise SpecPluginsError(f"{where}: {bad} rows hold NaN or infinity.")
         return cls(embeddings, f"{Path(path).name}:{chosen}")
 
     @property

@@ -58,12 +58,12 @@ class Sizes:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_key_value_heads:
             raise SpecPluginsError(
                 f"{self.num_heads} heads must divide hidden_size {self.hidden_size}, and "
-                f"{self.num_key_value_heads} key/value heads must divide {self.num_heads}"
+                f"{self.num_key_value_heads} key/value heads must divide {self.num_heads}."
             )
         if self.hidden_size // self.num_heads % 2:
             raise SpecPluginsError(
                 f"heads of {self.hidden_size // self.num_heads} columns cannot be rotated: "
-                "their width must be even"
+                "their width must be even."
             )
 
 
@@ -91,12 +91,12 @@ def from_model(source: LocalModel, num_layers: int, mask_token_id: int) -> Diffu
         raise SpecPluginsError(
             f'a diffusion drafter cannot start from a model of type "{kind}": its layers differ. '
             f"Known: {listed(_LAYERS_LIKE_OURS)}. Start from another model with this tokenizer, or "
-            "anew (--start none)"
+            "anew (--start none)."
         )
     if not 1 <= num_layers <= source.num_layers:
         raise SpecPluginsError(
             f"layers must be 1 to {source.num_layers}, those of the model to start from, not "
-            f"{num_layers}"
+            f"{num_layers}."
         )
     values: dict[str, Any] = {
         **source.config.to_dict(),
@@ -111,7 +111,7 @@ def from_model(source: LocalModel, num_layers: int, mask_token_id: int) -> Diffu
         drafter = DiffusionDrafter(DrafterConfig.from_json(values))
     except (KeyError, ValueError) as error:
         raise SpecPluginsError(
-            f"a diffusion drafter cannot start from this model: {error}"
+            f"a diffusion drafter cannot start from this model: {error}."
         ) from error
     return _with_weights(drafter, source.module.state_dict()).to(source.device)
 

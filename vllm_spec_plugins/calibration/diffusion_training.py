@@ -105,12 +105,12 @@ class DiffusionRecipe:
         """
         if not 2 <= self.window <= target.max_positions:
             raise SpecPluginsError(
-                f"window must be 2 to {target.max_positions} tokens, not {self.window}"
+                f"window must be 2 to {target.max_positions} tokens, not {self.window}."
             )
         if not 1 <= self.block < self.window:
             raise SpecPluginsError(
                 f"block must be 1 to {self.window - 1} tokens, less than the window, not "
-                f"{self.block}"
+                f"{self.block}."
             )
 
 
@@ -185,7 +185,7 @@ def train(
         if state["job"] != job:
             raise SpecPluginsError(
                 f"{checkpoint} is left of a training with another model, text or settings: finish "
-                "that with its own command, delete the file, or choose another output"
+                "that with its own command, delete the file, or choose another output."
             )
         drafter.load_state_dict(state["drafter"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

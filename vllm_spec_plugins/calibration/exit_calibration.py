@@ -300,13 +300,13 @@ def _vocabulary(file: Path | None, model: LocalModel) -> Tensor | None:
     if found.vocab_size != model.vocab_size:
         raise SpecPluginsError(
             f"{file} was made for a model of {found.vocab_size} tokens, this one has "
-            f"{model.vocab_size}"
+            f"{model.vocab_size}."
         )
     (ranked, *others) = found.lists
     if others:
         raise SpecPluginsError(
             f"{file} holds {len(found.lists)} lists, and which one a request drafts from is "
-            "decided while serving: calibrate exits with a file of one list"
+            "decided while serving: calibrate exits with a file of one list."
         )
     return torch.from_numpy(found.token_ids(ranked)).to(model.device)
 
@@ -341,7 +341,7 @@ def _continuations(
             raise SpecPluginsError(
                 f"at temperature {temperature:g} only {len(found[temperature])} of "
                 f"{len(prompts)} continuations are longer than {request.most} tokens, {needed} "
-                "are needed: give more prompts, or a lower --max-draft"
+                "are needed: give more prompts, or a lower --max-draft."
             )
     return found
 
@@ -362,7 +362,7 @@ def _prompts(request: Request) -> list[NDArray[np.int64]]:
         prompts = some(held_out_only=False)
     if not prompts:
         raise SpecPluginsError(
-            f"no text of at least {_SHORTEST_PROMPT} tokens in {', '.join(request.texts)}"
+            f"no text of at least {_SHORTEST_PROMPT} tokens in {', '.join(request.texts)}."
         )
     return prompts
 
@@ -438,19 +438,19 @@ def _given_costs(request: Request) -> list[RoundCosts]:
         costs = [RoundCosts.from_dict(cost) for cost in stored]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecPluginsError(
-            f"{request.costs} holds no costs ({error}): give the .rows.json of another run"
+            f"{request.costs} holds no costs ({error}): give the .rows.json of another run."
         ) from None
     known = {(cost.batch, cost.temperature) for cost in costs}
     missing = {(b, t) for b in request.batches for t in request.temperatures} - known
     if missing:
         batch, temperature = min(missing)
         raise SpecPluginsError(
-            f"{request.costs} has no costs for batch size {batch} at temperature {temperature:g}"
+            f"{request.costs} has no costs for batch size {batch} at temperature {temperature:g}."
         )
     if request.adapter and not any(cost.adapter for cost in costs):
-        raise SpecPluginsError(f"{request.costs} was measured without an adapter")
+        raise SpecPluginsError(f"{request.costs} was measured without an adapter.")
     if request.search_skips and not any(cost.attention or cost.ffn for cost in costs):
-        raise SpecPluginsError(f"{request.costs} was measured without --search-skips")
+        raise SpecPluginsError(f"{request.costs} was measured without --search-skips.")
     return costs
 
 

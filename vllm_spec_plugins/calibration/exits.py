@@ -217,6 +217,6 @@ def exits_to_measure(num_layers: int, chosen: Sequence[int] | None) -> list[int]
         if not 1 <= number <= num_layers:
             raise SpecPluginsError(
                 f"no exit after {number} layers: the model has {num_layers}, choose 1 to "
-                f"{num_layers}"
+                f"{num_layers}."
             )
     return sorted(set(chosen))

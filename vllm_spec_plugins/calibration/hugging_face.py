@@ -85,17 +85,18 @@ class LocalModel:
         if not (Path(folder) / "config.json").is_file():
             raise SpecPluginsError(
                 f"{folder} is not a model folder: it has no config.json. Calibration reads local "
-                "folders in Hugging Face's format"
+                "folders in Hugging Face's format."
             )
         if dtype not in DTYPES:
-            raise SpecPluginsError(f'no dtype "{dtype}" for calibration. Known: {listed(DTYPES)}')
+            raise SpecPluginsError(f'no dtype "{dtype}" for calibration. Known: {listed(DTYPES)}.')
         auto_model = _auto_model()
         try:
             module = auto_model.from_pretrained(
                 folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise SpecPluginsError(f"transformers cannot load {folder}: {error}") from error
+            why = str(error).rstrip(".")
+            raise SpecPluginsError(f"transformers cannot load {folder}: {why}.") from error
         return cls(module.to(device))
 
     @property
@@ -151,7 +152,7 @@ class LocalModel:
         wrong = [number for number in after if not 1 <= number <= self.num_layers]
         if wrong:
             raise SpecPluginsError(
-                f"no state after {wrong[0]} layers: the model has {self.num_layers}"
+                f"no state after {wrong[0]} layers: the model has {self.num_layers}."
             )
         states: dict[int, Tensor] = {}
 
@@ -193,13 +194,13 @@ class LocalModel:
         if getattr(config, "attn_logit_softcapping", None):
             raise SpecPluginsError(
                 f"{config.model_type} caps its attention scores: "
-                "a layer beside it cannot be trained"
+                "a layer beside it cannot be trained."
             )
         rope = getattr(config, "rope_parameters", None)
         if not isinstance(rope, dict) or "rope_theta" not in rope:
             raise SpecPluginsError(
                 f"{config.model_type} has no rotary embedding that all layers share: "
-                "a layer beside it cannot be trained"
+                "a layer beside it cannot be trained."
             )
         heads: int = config.num_attention_heads
         width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -232,7 +233,7 @@ class LocalModel:
         if cosines.shape[-1] != width or not torch.equal(*halves):
             raise SpecPluginsError(
                 f"{self.config.model_type} rotates part of each head, or neighbouring columns "
-                "instead of halves: a layer beside it cannot be trained"
+                "instead of halves: a layer beside it cannot be trained."
             )
         return cosines[0], sines[0]
 
@@ -247,7 +248,7 @@ class LocalModel:
         if not difference <= allowed:
             raise SpecPluginsError(
                 f"{type(self.module).__name__} does more between its layers and its logits than "
-                f"we know of (they differ by {difference:.3g}): calibration would mislead"
+                f"we know of (they differ by {difference:.3g}): calibration would mislead."
             )
 
 
@@ -272,7 +273,7 @@ def _parts(module: nn.Module) -> tuple[Any, nn.Linear]:
     if missing:
         raise SpecPluginsError(
             f"{type(module).__name__} is not built like Llama: it lacks {listed(missing)}. "
-            "Calibration works on Llama, Mistral, Qwen 2 and 3, Gemma, OLMo and their like"
+            "Calibration works on Llama, Mistral, Qwen 2 and 3, Gemma, OLMo and their like."
         )
     return decoder, head
 
@@ -289,7 +290,7 @@ def _auto_model() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise SpecPluginsError(
             f"transformers cannot be imported: {error}. If this names torchvision or torchaudio, "
-            "those were built for another torch: uninstall them"
+            "those were built for another torch: uninstall them."
         ) from error
     logging.disable_progress_bar()
     return AutoModelForCausalLM

@@ -48,7 +48,7 @@ def read_labels(path: Path, tokenizer: TextTokenizer) -> list[LabelledText]:
         SpecPluginsError: No such file, or a line is not as it should be.
     """
     if not path.is_file():
-        raise SpecPluginsError(f"there are no labels at {path}: give a .jsonl of marked answers")
+        raise SpecPluginsError(f"there are no labels at {path}: give a .jsonl of marked answers.")
     texts: list[LabelledText] = []
     prompts: dict[str, int] = {}
     with path.open(encoding="utf-8") as lines:
@@ -82,13 +82,13 @@ def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise SpecPluginsError(f"{where} is not JSON: {error}") from None
+        raise SpecPluginsError(f"{where} is not JSON: {error}.") from None
     kinds = {"prompt": str, "answer": str, "correct": bool}
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             raise SpecPluginsError(
                 f'{where}: each line must be an object with texts "prompt" and "answer", '
-                f'"correct": true or false, and "error_position" where it is false'
+                f'"correct": true or false, and "error_position" where it is false.'
             )
     if record["correct"]:
         return record
@@ -104,7 +104,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
     if not right:
         raise SpecPluginsError(
             f'{where}: a wrong answer needs "error_position", the number of characters before its '
-            f"first error, or [first, past the last], within its {len(record['answer'])} characters"
+            "first error, or [first, past the last], within its "
+            f"{len(record['answer'])} characters."
         )
     return {**record, "error_position": position}
 

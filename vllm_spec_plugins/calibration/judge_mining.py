@@ -207,7 +207,7 @@ class Miner:
             except TypeError:
                 raise SpecPluginsError(
                     f'the checker "{self._checker.name}" gave {outcome!r}; an outcome must be a '
-                    "text, a number, true, false or a list of those"
+                    "text, a number, true, false or a list of those."
                 ) from None
         return self._outcomes[key]
 

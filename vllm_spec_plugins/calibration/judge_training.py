@@ -239,7 +239,7 @@ def check_enough(tokens: Tokens, where: str) -> None:
         raise SpecPluginsError(
             f"too little {where}: {errors} errors and {count - errors} harmless tokens of "
             f"{prompts} prompts; {_FEWEST} of each, of {_FOLDS} prompts, are the least. Give more "
-            "prompts or labels"
+            "prompts or labels."
         )
 
 

@@ -85,7 +85,7 @@ class DraftRounds:
         if len(keys_values) != last:
             raise SpecPluginsError(
                 f"{type(self._model.module).__name__} does not call its attention through "
-                "transformers' AttentionInterface: skip sets cannot be measured on it"
+                "transformers' AttentionInterface: skip sets cannot be measured on it."
             )
         return KeptText(text, keys_values, state)
 
@@ -202,7 +202,7 @@ def left_out(model: LocalModel, draft_pass: DraftPass) -> Iterator[None]:
             network = getattr(layers[number], "mlp", None)
             if network is None:
                 raise SpecPluginsError(
-                    f"layer {number} has no feed-forward network called mlp: it cannot be skipped"
+                    f"layer {number} has no feed-forward network called mlp: it cannot be skipped."
                 )
             stack.enter_context(_silent(network, pair=False))
         yield

@@ -43,7 +43,7 @@ class Checker:
             return cls(name, _function(name))
         if not words or shutil.which(words[0]) is None:
             raise SpecPluginsError(
-                f'the checker "{name}" is neither module:function nor a command on this machine'
+                f'the checker "{name}" is neither module:function nor a command on this machine.'
             )
 
         def run(prompt: str, completion: str) -> str:
@@ -65,9 +65,9 @@ def _function(name: str) -> Callable[[str, str], Any]:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise SpecPluginsError(f'no checker "{name}": {error}') from error
+        raise SpecPluginsError(f'no checker "{name}": {error}.') from error
     finally:
         sys.path.remove("")
     if not callable(found):
-        raise SpecPluginsError(f'the checker "{name}" is no function')
+        raise SpecPluginsError(f'the checker "{name}" is no function.')
     return found

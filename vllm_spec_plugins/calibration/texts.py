@@ -223,7 +223,7 @@ class TextTokenizer:
         if self._fast is None:
             raise SpecPluginsError(
                 "positions in answers need a tokenizer.json: save one beside the model with "
-                "transformers' save_pretrained of its fast tokenizer"
+                "transformers' save_pretrained of its fast tokenizer."
             )
         encoding = self._fast.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int64)

@@ -195,7 +195,7 @@ def diffusion_drafter(
         from . import calibrate_diffusion_drafter as command
 
         if labels not in ("target", "text"):
-            raise SpecPluginsError(f'--labels must be target or text, not "{labels}"')
+            raise SpecPluginsError(f'--labels must be target or text, not "{labels}".')
         command.run(
             model,
             texts,

@@ -78,7 +78,7 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     if not output.parent.is_dir():
-        raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to")
+        raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to.")
     folder, _ = model_to_serve(model, threads or None)
     corpus = Corpus(texts)
     target = LocalModel.load(folder, training_dtype(folder, dtype))
@@ -95,7 +95,7 @@ def run(
     if not learnt or not held_out:
         raise SpecPluginsError(
             f"too little text: {len(learnt)} windows to learn from and {len(held_out)} held out "
-            f"(one text in twenty is held out; texts need {_SHORTEST} tokens): give more of it"
+            f"(one text in twenty is held out; texts need {_SHORTEST} tokens): give more of it."
         )
     if generations:
         kept = output.with_name(output.name + ".generations")
@@ -195,7 +195,7 @@ def _show_finished(console: Console, output: Path, job: str) -> None:
     if card.training.get("job") != job:
         raise SpecPluginsError(
             f"{output} exists and was trained for another model, text or settings: choose another "
-            "output, or remove the file"
+            "output, or remove the file."
         )
     console.print(f"{output} is already trained:", highlight=False, soft_wrap=True)
     _show(console, card.training)

@@ -101,27 +101,27 @@ def _of_model(job: Job, num_codes: int) -> tuple[str, int | None, int | None]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise SpecPluginsError(f"{folder / 'config.json'} cannot be read: {error}") from None
+        raise SpecPluginsError(f"{folder / 'config.json'} cannot be read: {error}.") from None
     name = Path(job.model).name
     vocab_size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if not isinstance(vocab_size, int):
-        raise SpecPluginsError(f"the config of {name} does not say its vocab_size")
+        raise SpecPluginsError(f"the config of {name} does not say its vocab_size.")
     said = image_token_range(config)
     first = said[0] if job.first_token_id is None and said else job.first_token_id
     if first is None:
         raise SpecPluginsError(
             f"the config of {name} does not say which of its ids are image codes: give "
-            "--first-token-id, the id of code 0"
+            "--first-token-id, the id of code 0."
         )
     if said and said != (first, first + num_codes):
         raise SpecPluginsError(
             f"the codebook has {num_codes} codes from id {first} on, but the config of {name} says "
-            f"its image codes are [{said[0]}, {said[1]}): give the codebook of this model"
+            f"its image codes are [{said[0]}, {said[1]}): give the codebook of this model."
         )
     if first + num_codes > vocab_size:
         raise SpecPluginsError(
             f"{num_codes} codes from id {first} on do not fit in the vocabulary of {name}, "
-            f"which has {vocab_size} ids"
+            f"which has {vocab_size} ids."
         )
     return name, vocab_size, first
 

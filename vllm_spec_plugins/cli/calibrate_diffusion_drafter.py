@@ -95,7 +95,7 @@ def start_of(
         if named := [name for name, value in given.items() if value is not None]:
             raise SpecPluginsError(
                 f"{', '.join(named)} can only be chosen for new weights (--start none): otherwise "
-                "the drafter has the sizes of the model it starts from"
+                "the drafter has the sizes of the model it starts from."
             )
         return Start(model, layers, condition_on_layers=condition_on_layers)
     hidden_size = hidden_size or 256
@@ -157,7 +157,7 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     if not output.parent.is_dir():
-        raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to")
+        raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to.")
     held_out = held_out or HeldOutTexts()
     folder, _ = model_to_serve(model, threads or None)
     corpus = Corpus(texts)
@@ -177,7 +177,7 @@ def run(
         raise SpecPluginsError(
             f"too little text: {len(learnt)} windows of {_SHORTEST} tokens or more to learn from "
             f"and {len(prompts)} held-out prompts of {held_out.prompt_tokens} tokens (one text in "
-            "twenty is held out): give more of it"
+            "twenty is held out): give more of it."
         )
     if generations:
         kept = output.with_name(output.name + ".generations")
@@ -267,13 +267,13 @@ def _check_held_out(held_out: HeldOutTexts, recipe: DiffusionRecipe, target: Loc
     if held_out.new_tokens < recipe.block:
         raise SpecPluginsError(
             f"--new-tokens {held_out.new_tokens} is less than a block of {recipe.block} tokens: "
-            "no whole draft would be measured"
+            "no whole draft would be measured."
         )
     longest = target.max_positions - held_out.prompt_tokens
     if held_out.new_tokens > longest:
         raise SpecPluginsError(
             f"--new-tokens {held_out.new_tokens} after prompts of {held_out.prompt_tokens} is "
-            f"more than the target's {target.max_positions} positions: at most {longest}"
+            f"more than the target's {target.max_positions} positions: at most {longest}."
         )
 
 
@@ -290,7 +290,7 @@ def _source(model: str, folder: Path, target: LocalModel, threads: int) -> Local
     if source.vocab_size != target.vocab_size:
         raise SpecPluginsError(
             f"--start {model} has logits for {source.vocab_size} tokens, the target for "
-            f"{target.vocab_size}: they must share a tokenizer"
+            f"{target.vocab_size}: they must share a tokenizer."
         )
     check_same_tokens(start, folder)
     return source
@@ -332,7 +332,7 @@ def _measured(
     except ValueError as error:
         raise SpecPluginsError(
             f"the drafter cannot be judged: the target ends its texts early, {error}. Lower "
-            "--block, or give other texts"
+            "--block, or give other texts."
         ) from error
     return {"temperature": float(not written.greedy), **quality.rounded()}
 
@@ -381,7 +381,7 @@ def _show_finished(console: Console, output: Path, job: str) -> None:
     if report.get("job") != job:
         raise SpecPluginsError(
             f"{output} exists and was trained for another model, text or settings: choose another "
-            "output, or remove the folder"
+            "output, or remove the folder."
         )
     console.print(f"{output} is already trained:", highlight=False, soft_wrap=True)
     _show(console, report)

@@ -68,7 +68,7 @@ def run(
     """
     if temperature not in _TEMPERATURES:
         raise SpecPluginsError(
-            f'"{temperature}" is no temperature to calibrate at: choose 0, 1 or both'
+            f'"{temperature}" is no temperature to calibrate at: choose 0, 1 or both.'
         )
     folder, _ = model_to_serve(model, None)
     request = Request(
@@ -88,7 +88,7 @@ def _exits(layers: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in layers.split(",")) if layers else None
     except ValueError:
         raise SpecPluginsError(
-            f'--layers takes numbers with commas between, such as 2,4,6; got "{layers}"'
+            f'--layers takes numbers with commas between, such as 2,4,6; got "{layers}".'
         ) from None
 
 

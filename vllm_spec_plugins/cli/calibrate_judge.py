@@ -84,7 +84,7 @@ def mining_of(
     if not (draft and prompts and checker):
         given = {"--prompts": prompts, "--draft": draft, "--checker": checker}
         missing = [name for name, value in given.items() if not value]
-        raise SpecPluginsError(f"to find labels, give {' and '.join(missing)} as well")
+        raise SpecPluginsError(f"to find labels, give {' and '.join(missing)} as well.")
     return Mining(draft, tuple(prompts), checker, num_prompts, max_tokens)
 
 
@@ -123,10 +123,10 @@ def run(
     if (labels is None) == (mining is None):
         raise SpecPluginsError(
             "give either --labels with marked answers, or --prompts, --draft and --checker to "
-            "find labels"
+            "find labels."
         )
     if not output.parent.is_dir():
-        raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to")
+        raise SpecPluginsError(f"there is no folder {output.parent} to write {output.name} to.")
     if threads:
         torch.set_num_threads(threads)
     checker = None if mining is None else Checker.of(mining.checker)
@@ -162,7 +162,7 @@ def run(
         }
     texts = without(texts, never)
     if not texts:
-        raise SpecPluginsError("there is nothing to learn from: no token is labelled")
+        raise SpecPluginsError("there is nothing to learn from: no token is labelled.")
 
     target.module.to(device)  # only now: vLLM takes most of a GPU's memory while it writes
     with _shown(console, "hidden states", len(texts)) as advance:
@@ -253,7 +253,7 @@ def _sources(
     texts = dict.fromkeys(text.text for text in Corpus(mining.prompts))
     prompts = list(islice(texts, mining.num_prompts))
     if not prompts:
-        raise SpecPluginsError(f"there are no prompts in {', '.join(mining.prompts)}")
+        raise SpecPluginsError(f"there are no prompts in {', '.join(mining.prompts)}.")
     draft_folder, _ = model_to_serve(mining.draft, threads)
     own, of_draft = (
         [ids.tolist() for ids in each.encode(prompts[:20])]
@@ -262,7 +262,7 @@ def _sources(
     if own != of_draft:
         raise SpecPluginsError(
             f"the draft model {mining.draft} has another tokenizer than the target: its tokens "
-            "mean something else"
+            "mean something else."
         )
     return prompts, draft_folder
 
@@ -296,7 +296,7 @@ def _mine(
     if not mined.prompts:
         raise SpecPluginsError(
             f'the checker "{checker.name}" gave no outcome for any answer of the target: see '
-            "that it reads what the target writes"
+            "that it reads what the target writes."
         )
     return mined
 

@@ -200,7 +200,7 @@ def _mark(server: Server, trace: Path, answer_id: str, tokens: Sequence[int]) ->
     # The last step may have drafted past the end of the answer.
     marked = marks(lines, answer_id)[: len(tokens)]
     if [token for token, _ in marked] != list(tokens):
-        raise ServerError(f"the step trace {trace} does not hold the tokens the server answered")
+        raise ServerError(f"the step trace {trace} does not hold the tokens the server answered.")
     pieces: list[MarkedToken] = []
     shown = ""
     for i, (_, accepted) in enumerate(marked):

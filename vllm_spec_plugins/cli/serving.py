@@ -77,7 +77,7 @@ def refuse_spec_method(arguments: Sequence[str], registry: Registry) -> None:
         if method in registry.names(Kind.PROPOSER):
             raise ConfigError(
                 f'{name} takes vLLM\'s own methods only. For "{method}" use: '
-                f'--speculative-config \'{{"method": "{method}", "num_speculative_tokens": 5}}\''
+                f'--speculative-config \'{{"method": "{method}", "num_speculative_tokens": 5}}\'.'
             )
 
 

@@ -106,7 +106,7 @@ def layers_of(text: str, num_layers: int) -> tuple[int, ...]:
     if not all(1 <= layer <= num_layers for layer in layers):
         raise SpecPluginsError(
             f"--condition-on-layers takes numbers of layers from 1 to {num_layers}, those of the "
-            f'target, with commas between them; "spread"; or "none"; not "{text}"'
+            f'target, with commas between them; "spread"; or "none"; not "{text}".'
         )
     return tuple(sorted(set(layers)))
 

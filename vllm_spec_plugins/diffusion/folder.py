@@ -228,31 +228,31 @@ def read_config(path: str | Path) -> DrafterConfig:
     if not file.is_file():
         raise SpecPluginsError(
             f"{folder} is not the folder of a diffusion drafter: it has no config.json. "
-            f"`{COMMAND}` writes such folders"
+            f"`{COMMAND}` writes such folders."
         )
     try:
         values: dict[str, Any] = json.loads(file.read_text())
         architecture = (values.get("architectures") or ["none"])[0]
     except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise SpecPluginsError(f"{file} is not a model's config: {error!r}") from error
+        raise SpecPluginsError(f"{file} is not a model's config: {error!r}.") from error
     if architecture not in ARCHITECTURES:
         raise SpecPluginsError(
             f'{file}: architecture "{architecture}" is not a diffusion drafter we know.'
             f"{did_you_mean(architecture, ARCHITECTURES)} Known: {listed(ARCHITECTURES)}. "
-            f"`{COMMAND}` trains one for any target"
+            f"`{COMMAND}` trains one for any target."
         )
     values = {**ARCHITECTURES[architecture], **values}
     if values.get("mask_token_id") is None:
         raise SpecPluginsError(
             f"{file} has no mask_token_id: a diffusion drafter needs the token that stands for "
-            "those not known yet. Add it if the model has one; a causal model has none"
+            "those not known yet. Add it if the model has one; a causal model has none."
         )
     try:
         config = DrafterConfig.from_json(values)
     except KeyError as error:
-        raise SpecPluginsError(f"{file} lacks {error.args[0]}") from error
+        raise SpecPluginsError(f"{file} lacks {error.args[0]}.") from error
     except (TypeError, ValueError) as error:
-        raise SpecPluginsError(f"{file}: {error}") from error
+        raise SpecPluginsError(f"{file}: {error}.") from error
     return config
 
 
@@ -280,7 +280,7 @@ def check_folder(
         raise SpecPluginsError(
             f"the diffusion drafter {folder} drafts from {config.vocab_size} tokens, but "
             f"{facts.model} has logits for {facts.vocab_size}: they must share a tokenizer. "
-            f"`{COMMAND}` trains a drafter for this target"
+            f"`{COMMAND}` trains a drafter for this target."
         )
     _check_tokenizer(folder, facts.model)
     if config.conditioned_on is not None:
@@ -290,7 +290,7 @@ def check_folder(
         raise SpecPluginsError(
             f"context_window {context_window} and {facts.num_speculative_tokens} draft tokens are "
             f"longer than the {config.max_positions} positions of the diffusion drafter {folder}: "
-            f"set context_window to {longest} or less"
+            f"set context_window to {longest} or less."
         )
     return config
 
@@ -312,7 +312,7 @@ def check_same_tokens(drafter: Path, target: Path) -> None:
         raise SpecPluginsError(
             f"{drafter} has another tokenizer than the target {target}: {differing} of its "
             f"{len(ours)} tokens have another id there, or none. `{COMMAND}` trains a drafter "
-            "for any target"
+            "for any target."
         )
 
 
@@ -329,11 +329,11 @@ def weight_files(path: str | Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SpecPluginsError(f"{index} is not an index of weights: {error!r}") from error
+            raise SpecPluginsError(f"{index} is not an index of weights: {error!r}.") from error
     files = [folder / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise SpecPluginsError(
-            f"the diffusion drafter {folder} is incomplete: {', '.join(missing)} is missing"
+            f"the diffusion drafter {folder} is incomplete: {', '.join(missing)} is missing."
         )
     return files
 
@@ -352,16 +352,16 @@ def _check_weights(folder: Path, config: DrafterConfig) -> None:
                     for name in tensors.keys()  # noqa: SIM118  # it is no dict
                 }
         except (SafetensorError, OSError) as error:
-            raise SpecPluginsError(f"{file} is not a whole safetensors file: {error}") from error
+            raise SpecPluginsError(f"{file} is not a whole safetensors file: {error}.") from error
     for name, shape in config.weight_shapes().items():
         if name not in found:
             raise SpecPluginsError(
-                f"the diffusion drafter {folder} is incomplete: its weights lack {name}"
+                f"the diffusion drafter {folder} is incomplete: its weights lack {name}."
             )
         if found[name] != shape:
             raise SpecPluginsError(
                 f"the diffusion drafter {folder} does not match its config.json: {name} is "
-                f"{list(found[name])}, not {list(shape)}"
+                f"{list(found[name])}, not {list(shape)}."
             )
 
 
@@ -370,7 +370,7 @@ def _check_tokenizer(folder: Path, model: str) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise SpecPluginsError(
             f"the diffusion drafter {folder} is incomplete: tokenizer.json is missing. Copy the "
-            "one it was trained with, which must be the target's"
+            "one it was trained with, which must be the target's."
         )
     targets = _tokenizer_of_target(model)
     if targets is not None:
@@ -384,7 +384,7 @@ def _recognise(folder: Path, states: TargetStates, facts: ModelFacts) -> None:
     try:
         check_sizes("diffusion drafter", states.model, sizes, facts)
     except SpecPluginsError as error:
-        raise SpecPluginsError(f"{folder}: {error}. {advice}") from error
+        raise SpecPluginsError(f"{folder}: {error} {advice}.") from error
     target = _folder_of_target(facts)
     if target is None:
         return
@@ -392,7 +392,7 @@ def _recognise(folder: Path, states: TargetStates, facts: ModelFacts) -> None:
     if differs is not None:
         raise SpecPluginsError(
             f'{folder} reads hidden states of another model ("{states.model}") than {facts.model}: '
-            f"{differs}. {advice}"
+            f"{differs}. {advice}."
         )
 
 
@@ -445,4 +445,4 @@ def _tokens_of(file: Path) -> Iterator[tuple[str, int]]:
             vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
         yield from vocabulary.items()
     except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-        raise SpecPluginsError(f"{file} is not a tokenizer: {error!r}") from error
+        raise SpecPluginsError(f"{file} is not a tokenizer: {error!r}.") from error

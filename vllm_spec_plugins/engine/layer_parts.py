@@ -60,7 +60,7 @@ class LayerParts(ABC):
         """
         count = len(self.layers)
         if not 0 <= start <= stop <= count:
-            raise SpecPluginsError(f"layers {start} to {stop} were asked of a model with {count}")
+            raise SpecPluginsError(f"layers {start} to {stop} were asked of a model with {count}.")
         kept: list[nn.Module | None] = []
         for index in range(start, stop):
             layer = self.layers[index]

@@ -75,7 +75,9 @@ def images(name: str) -> Path:
     chosen = recipe(name)
     if not isinstance(chosen, VisualRecipe):
         known = (n for n, r in RECIPES.items() if isinstance(r, VisualRecipe))
-        raise SpecPluginsError(f'"{name}" is no image model of the zoo. Those are: {listed(known)}')
+        raise SpecPluginsError(
+            f'"{name}" is no image model of the zoo. Those are: {listed(known)}.'
+        )
     from .build import build_images
 
     return build_images(chosen, None)
@@ -89,7 +91,7 @@ def recipe(name: str) -> Recipe:
     """
     if name not in RECIPES:
         raise SpecPluginsError(
-            f'no model "{name}" in the zoo.{did_you_mean(name, RECIPES)} Known: {listed(RECIPES)}'
+            f'no model "{name}" in the zoo.{did_you_mean(name, RECIPES)} Known: {listed(RECIPES)}.'
         )
     return RECIPES[name]
 

@@ -44,7 +44,7 @@ def expand_adapter(
     card = AdapterCard.read(path)
     wide = expanded_shape(source, wide)
     if card.target != dataclasses.replace(_target(source), rope=card.target.rope):
-        raise ExpansionError(f"the adapter {path} was not trained for {source}")
+        raise ExpansionError(f"the adapter {path} was not trained for {source}.")
     tensors = load_file(path)
     grown = dataclasses.replace(
         card,

@@ -72,7 +72,7 @@ def source_files(root: Path | None = None) -> tuple[SourceFile, ...]:
     if root is None and len(found) < 100:
         raise CorpusError(
             f"only {len(found)} source files in {folder}: the zoo learns from the standard "
-            "library's .py files, and this Python comes without them; use another Python"
+            "library's .py files, and this Python comes without them; use another Python."
         )
     return tuple(sorted(found, key=lambda file: file.path))
 

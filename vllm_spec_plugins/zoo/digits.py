@@ -62,7 +62,7 @@ def load_digits() -> tuple[Digits, Digits]:
     except ImportError:
         raise SpecPluginsError(
             "the image models of the zoo learn from the digits that come with scikit-learn, which "
-            "is not installed: pip install 'vllm-spec-plugins[demo]'"
+            "is not installed: pip install 'vllm-spec-plugins[demo]'."
         ) from None
     pixels, labels = datasets.load_digits(return_X_y=True)
     small = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16

@@ -53,7 +53,7 @@ def expanded_shape(source: Architecture, wide: Architecture) -> Architecture:
         and wide.rope_theta == source.rope_theta
     )
     if not fits:
-        raise ExpansionError(f"{wide} cannot hold {source}")
+        raise ExpansionError(f"{wide} cannot hold {source}.")
     return dataclasses.replace(wide, rms_norm_eps=source.rms_norm_eps / ratio)
 
 
@@ -120,7 +120,7 @@ def verify_identical(source: Llama, expanded: Llama, tokens: Tensor) -> float:
     if not difference <= _TOLERANCE or differs.any():
         raise ExpansionError(
             f"the expanded model's logits differ from its source's by up to {difference:.2g} "
-            f"and its choice in {int(differs.sum())} of {differs.numel()} places: not identical"
+            f"and its choice in {int(differs.sum())} of {differs.numel()} places: not identical."
         )
     return difference
 
