@@ -19,6 +19,7 @@ from vllm_spec_plugins.calibration.adapter import (
     AdapterRecipe,
     DraftQuality,
     HeldOut,
+    TrainedBlock,
     evaluate,
     job_of,
     padded,
@@ -83,20 +84,8 @@ def run(
     corpus = Corpus(texts)
     target = LocalModel.load(folder, training_dtype(folder, dtype))
     recipe.check(target)
-    most = max(recipe.steps * recipe.batch_size, generations)
     with console.status("reading texts"):
-        tokenizer = TextTokenizer(folder)
-        learnt = sample_windows(
-            _windows(corpus, tokenizer, recipe, held_out=False), most, recipe.seed
-        )
-        held_out = sample_windows(
-            _windows(corpus, tokenizer, recipe, held_out=True), _HELD_OUT_WINDOWS, recipe.seed
-        )
-    if not learnt or not held_out:
-        raise SpecPluginsError(
-            f"too little text: {len(learnt)} windows to learn from and {len(held_out)} held out "
-            f"(one text in twenty is held out; texts need {_SHORTEST} tokens): give more of it."
-        )
+        learnt, held_out = _read(corpus, TextTokenizer(folder), recipe, generations)
     if generations:
         kept = output.with_name(output.name + ".generations")
         learnt = continued_by_target(
@@ -131,7 +120,6 @@ def run(
         trained = train(target, recipe, rows, checkpoint, job, on_step)
     with console.status("measuring on held-out text"):
         result = evaluate(target, trained.block, recipe.exit_layer, padded(held_out))
-    weights = sum(weight.numel() for weight in trained.block.parameters())
     report: dict[str, Any] = {
         "job": job,
         "data_sha256": data,
@@ -145,10 +133,51 @@ def run(
         "threads": torch.get_num_threads(),
         "device": device,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "parameters": weights,
+        "parameters": sum(weight.numel() for weight in trained.block.parameters()),
         "parameters_of_a_layer": target.layer_parameters,
         "held_out": _rounded(result),
     }
+    pictured = _write(output, name, target, recipe, trained, report)
+    checkpoint.unlink(missing_ok=True)
+    _show(console, report)
+    beside = f"{output.with_suffix('.json').name}" + (
+        f" and {output.with_suffix('.png').name}" if pictured else ""
+    )
+    console.print(f"written: {output}, beside it {beside}", highlight=False, soft_wrap=True)
+    if not pictured:
+        console.print("no loss curve: matplotlib is not installed (extra [demo])", highlight=False)
+
+
+def _read(
+    corpus: Corpus, tokenizer: TextTokenizer, recipe: AdapterRecipe, generations: int
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Windows to learn from, and windows held out.
+
+    Raises:
+        SpecPluginsError: There are none of one kind.
+    """
+    most = max(recipe.steps * recipe.batch_size, generations)
+    learnt = sample_windows(_windows(corpus, tokenizer, recipe, held_out=False), most, recipe.seed)
+    held_out = sample_windows(
+        _windows(corpus, tokenizer, recipe, held_out=True), _HELD_OUT_WINDOWS, recipe.seed
+    )
+    if not learnt or not held_out:
+        raise SpecPluginsError(
+            f"too little text: {len(learnt)} windows to learn from and {len(held_out)} held out "
+            f"(one text in twenty is held out; texts need {_SHORTEST} tokens): give more of it."
+        )
+    return learnt, held_out
+
+
+def _write(
+    output: Path,
+    name: str,
+    target: LocalModel,
+    recipe: AdapterRecipe,
+    trained: TrainedBlock,
+    report: dict[str, Any],
+) -> bool:
+    """The adapter, its report and its loss curve; whether the last could be drawn."""
     card = AdapterCard(
         model=name,
         target=target_shape(target),
@@ -161,20 +190,12 @@ def run(
     write_atomically(output, lambda path: write_adapter(path, card, state, probes_of(target)))
     full = {**report, "model": name, "losses": [round(loss, 5) for loss in trained.losses]}
     write_json(output.with_suffix(".json"), {**full, "versions": versions()})
-    pictured = plot_losses(
+    return plot_losses(
         output.with_suffix(".png"),
         trained.losses,
         f"adapter of {name} after {recipe.exit_layer} layers",
         "KL divergence from the target, nats per token",
     )
-    checkpoint.unlink(missing_ok=True)
-    _show(console, report)
-    beside = f"{output.with_suffix('.json').name}" + (
-        f" and {output.with_suffix('.png').name}" if pictured else ""
-    )
-    console.print(f"written: {output}, beside it {beside}", highlight=False, soft_wrap=True)
-    if not pictured:
-        console.print("no loss curve: matplotlib is not installed (extra [demo])", highlight=False)
 
 
 def _windows(

@@ -169,22 +169,7 @@ def run(
         tokens = read_tokens(target, texts, lambda done: advance(done, ""))
     started = time.perf_counter()
     result = train(tokens, recall, seed)
-    report |= {
-        "recall": recall,
-        "seed": seed,
-        "penalty": result.penalty,
-        "seconds": round(time.perf_counter() - started, 1),
-        "learnt": dict(zip(("tokens", "errors", "prompts"), result.learnt, strict=True)),
-        "held_out": {
-            **dict(zip(("tokens", "errors", "prompts"), result.held_out, strict=True)),
-            "head": _summary(result.judged),
-            "probability": _summary(result.baseline),
-            "gain": round(result.gain, 5),
-            "gain_error": round(result.gain_error, 5),
-        },
-        "worth_its_keep": result.worth_its_keep,
-        "versions": _versions(),
-    }
+    report |= _report(result, recall, seed, time.perf_counter() - started)
     head = JudgeHead(
         card=JudgeCard(
             model=name,
@@ -204,16 +189,42 @@ def run(
         never_judge=torch.tensor(never, dtype=torch.int64),
         probes=read_probes(folder, target.num_layers),
     )
-    write_atomically(output, head.write)
-    curves = {"head": result.judged, "probability": result.baseline}
-    full = {**asdict(head.card), "curves": {key: asdict(q.curve) for key, q in curves.items()}}
-    _write_text(output.with_suffix(".json"), json.dumps(full, indent=1) + "\n")
-    picture = _draw(output.with_suffix(".png"), result, name)
+    picture = _write(output, head, result)
     _show(console, result, recall)
     written = [output, output.with_suffix(".json"), *([picture] if picture else [])]
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     if not picture:
         console.print("no curve: matplotlib is not installed (extra [demo])", highlight=False)
+
+
+def _report(result: Result, recall: float, seed: int, seconds: float) -> dict[str, Any]:
+    """How the head was trained, and what it is worth on prompts held out."""
+    counted = ("tokens", "errors", "prompts")
+    return {
+        "recall": recall,
+        "seed": seed,
+        "penalty": result.penalty,
+        "seconds": round(seconds, 1),
+        "learnt": dict(zip(counted, result.learnt, strict=True)),
+        "held_out": {
+            **dict(zip(counted, result.held_out, strict=True)),
+            "head": _summary(result.judged),
+            "probability": _summary(result.baseline),
+            "gain": round(result.gain, 5),
+            "gain_error": round(result.gain_error, 5),
+        },
+        "worth_its_keep": result.worth_its_keep,
+        "versions": _versions(),
+    }
+
+
+def _write(output: Path, head: JudgeHead, result: Result) -> Path | None:
+    """The head, its report and its curve, whose file is returned if it could be drawn."""
+    write_atomically(output, head.write)
+    curves = {"head": result.judged, "probability": result.baseline}
+    full = {**asdict(head.card), "curves": {key: asdict(q.curve) for key, q in curves.items()}}
+    _write_text(output.with_suffix(".json"), json.dumps(full, indent=1) + "\n")
+    return _draw(output.with_suffix(".png"), result, head.card.model)
 
 
 def tool_calls(tokenizer: TextTokenizer) -> list[list[int]]:
