@@ -170,15 +170,7 @@ def run(
     source = None if start.sizes else _source(start.model, folder, target, threads)
     drafter = source and from_model(source, start.num_layers, mask_token_id)
     with console.status("reading texts"):
-        most = max(recipe.steps * recipe.batch_size, generations)
-        learnt = sample_windows(_windows(corpus, tokenizer, recipe.window), most, recipe.seed)
-        prompts = _prompts(corpus, tokenizer, held_out, recipe.seed)
-    if not learnt or len(prompts) < 2:
-        raise SpecPluginsError(
-            f"too little text: {len(learnt)} windows of {_SHORTEST} tokens or more to learn from "
-            f"and {len(prompts)} held-out prompts of {held_out.prompt_tokens} tokens (one text in "
-            "twenty is held out): give more of it."
-        )
+        learnt, prompts = _read(corpus, tokenizer, recipe, held_out, generations)
     if generations:
         kept = output.with_name(output.name + ".generations")
         learnt = continued_by_target(
@@ -221,15 +213,7 @@ def run(
     with training_progress(f"diffusion drafter of {name}", recipe.steps) as on_step:
         trained = train(drafter, target, recipe, rows, checkpoint, job, on_step)
     with console.status("measuring on text the target writes"):
-        written = [
-            write_texts(target, prompts, held_out.new_tokens, greedy=greedy, seed=recipe.seed)
-            for greedy in (True, False)
-        ]
-        measured = [_measured(target, trained.drafter, texts, recipe.block) for texts in written]
-        blind = [
-            _measured(target, trained.drafter, texts, recipe.block, withheld=True)
-            for texts in (written if read else ())
-        ]
+        quality = _quality(target, trained.drafter, prompts, held_out, recipe)
     report: dict[str, Any] = {
         "job": job,
         "target": name,
@@ -250,7 +234,7 @@ def run(
         "dtype": str(target.dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "parameters_in_layers": inside,
-        "held_out": {"texts": asdict(held_out), "measured": measured, "without_states": blind},
+        "held_out": {"texts": asdict(held_out), **quality},
         "losses": [round(loss, 5) for loss in trained.losses],
         "versions": versions(),
     }
@@ -260,6 +244,55 @@ def run(
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
     if not pictured:
         console.print("no loss curve: matplotlib is not installed (extra [demo])", highlight=False)
+
+
+def _read(
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    recipe: DiffusionRecipe,
+    held_out: HeldOutTexts,
+    generations: int,
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Windows to learn from, and held-out prompts `[count, prompt_tokens]`.
+
+    Raises:
+        SpecPluginsError: There are too few.
+    """
+    most = max(recipe.steps * recipe.batch_size, generations)
+    learnt = sample_windows(_windows(corpus, tokenizer, recipe.window), most, recipe.seed)
+    prompts = _prompts(corpus, tokenizer, held_out, recipe.seed)
+    if not learnt or len(prompts) < 2:
+        raise SpecPluginsError(
+            f"too little text: {len(learnt)} windows of {_SHORTEST} tokens or more to learn from "
+            f"and {len(prompts)} held-out prompts of {held_out.prompt_tokens} tokens (one text in "
+            "twenty is held out): give more of it."
+        )
+    return learnt, prompts
+
+
+def _quality(
+    target: LocalModel,
+    drafter: DiffusionDrafter,
+    prompts: NDArray[np.int64],
+    held_out: HeldOutTexts,
+    recipe: DiffusionRecipe,
+) -> dict[str, Any]:
+    """What the drafter is worth on what the target writes, greedily and not.
+
+    A conditioned one is measured once more without the target's states.
+    """
+    written = [
+        write_texts(target, prompts, held_out.new_tokens, greedy=greedy, seed=recipe.seed)
+        for greedy in (True, False)
+    ]
+    reads_states = drafter.config.conditioned_on is not None
+    return {
+        "measured": [_measured(target, drafter, texts, recipe.block) for texts in written],
+        "without_states": [
+            _measured(target, drafter, texts, recipe.block, withheld=True)
+            for texts in (written if reads_states else ())
+        ],
+    }
 
 
 def _check_held_out(held_out: HeldOutTexts, recipe: DiffusionRecipe, target: LocalModel) -> None:
