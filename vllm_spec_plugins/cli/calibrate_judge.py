@@ -152,14 +152,7 @@ def run(
             console, folder, tokenizer, mining, sources, checker, engine, never, output
         )  # fmt: skip
         texts = mined.texts
-        report["labels"] = {
-            "from": "mining",
-            "draft": Path(mining.draft).name,
-            "checker": mining.checker,
-            "prompts": mined.prompts,
-            "passed_over": mined.passed_over,
-            "max_tokens": mining.max_tokens,
-        }
+        report["labels"] = _origin(mining, mined)
     texts = without(texts, never)
     if not texts:
         raise SpecPluginsError("there is nothing to learn from: no token is labelled.")
@@ -195,6 +188,18 @@ def run(
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     if not picture:
         console.print("no curve: matplotlib is not installed (extra [demo])", highlight=False)
+
+
+def _origin(mining: Mining, mined: Mined) -> dict[str, Any]:
+    """Where mined labels come from."""
+    return {
+        "from": "mining",
+        "draft": Path(mining.draft).name,
+        "checker": mining.checker,
+        "prompts": mined.prompts,
+        "passed_over": mined.passed_over,
+        "max_tokens": mining.max_tokens,
+    }
 
 
 def _report(result: Result, recall: float, seed: int, seconds: float) -> dict[str, Any]:
