@@ -2,9 +2,10 @@
 
     python benchmarks/plot_relaxed_visual.py
 
-Acceptance length over price, Frechet distance and accuracy; tokens per second where rows
-of the engine are there; and the distance to the target's law against the extra acceptance,
-which are equal for the best residual. Points are means over seeds, bars one standard deviation.
+Acceptance length over price, Frechet distance and accuracy; drafts of all lengths beside
+lossless, hollow at a lower temperature; and the distance to the target's law against the extra
+acceptance, which are equal for the best residual. Points are means over seeds, bars one standard
+deviation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def points(rows: Sequence[Row], kind: str) -> list[tuple[Row, dict[str, list[flo
         if row["images"] == most:
             grouped[row["key"], row["num_draft"]].append(row)
     numbers = (
-        "acceptance_length", "price", "accuracy", "frechet_distance", "tokens_per_second",
+        "acceptance_length", "price", "accuracy", "frechet_distance",
         "distance", "acceptance", "extra_acceptance",
     )  # fmt: skip
     return [
@@ -94,6 +95,11 @@ def gains(axes: Axes, found: list[Any]) -> None:
         for row, values in found
         if row["temperature"] == 1.0 and row["residual"] == "ours" and row["name"] != "plain"
     ]
+    cooler = [
+        (row, values)
+        for row, values in found
+        if row["name"] == "lossless" and 0.9 <= row["temperature"] < 1
+    ]
     lossless = {
         row["num_draft"]: mean(values["acceptance_length"])
         for row, values in ours
@@ -117,6 +123,14 @@ def gains(axes: Axes, found: list[Any]) -> None:
                 )
                 named.add(name)
         axes.plot([], [], marker, color="#202124", label=f"drafts of {count}")
+        for row, values in cooler:
+            if row["num_draft"] == count:
+                at = mean(values["frechet_distance"]), mean(values["acceptance_length"]) / bound
+                axes.plot(*at, marker, color=COLOURS["lossless"], markersize=5, fillstyle="none")
+                axes.annotate(
+                    f"{row['temperature']:g}", at, fontsize=7, xytext=(3, 4),
+                    textcoords="offset points",
+                )  # fmt: skip
     axes.axhline(1.3, color="#202124", linewidth=0.8, linestyle=":")
     axes.set_title("drafts of all lengths over lossless with drafts as long", fontsize=10)
     axes.set_xlabel(NAMES["frechet_distance"])
@@ -142,7 +156,6 @@ def main(
         for point in every_length
         if point[0]["num_draft"] == shortest and point[0]["name"] != "plain"
     ]
-    engine = points(rows, "engine")
     figure = Figure(figsize=(13, 8.2), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 3).flatten()
     panels = [
@@ -182,11 +195,7 @@ def main(
                 )
     _label(axes[4], "frechet_distance", "acceptance_length")
     axes[4].set_title("temperature 1, and 0.8 and 0.9 where written", fontsize=10)
-    if any(values["tokens_per_second"] for _, values in engine):
-        curve(axes[5], engine, "frechet_distance", "tokens_per_second", 1.0)
-        _label(axes[5], "frechet_distance", "tokens_per_second")
-    else:
-        gains(axes[5], every_length)
+    gains(axes[5], every_length)
     shown: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -208,7 +217,6 @@ NAMES = {
     "price": "price: total variation per draft token looked at",
     "distance": "total variation to the target's law",
     "acceptance": "acceptance of a draft token",
-    "tokens_per_second": "tokens per second (vLLM)",
 }
 
 
