@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .context import EngineContext, ModelFacts
+    from .device_drafting import DeviceDraft, DeviceDraftInput
     from .draft_probabilities import DraftProbabilities
     from .errors import SpecPluginsError
     from .hookspecs import StepRecord, hookimpl
