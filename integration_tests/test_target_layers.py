@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from vllm_spec_plugins.proposers.exit_passes import DraftStep, SingleExit
 
+from vllm_spec_plugins.engine.offline import hugging_face_classes_kept
 from vllm_spec_plugins.errors import SpecPluginsError
 
 pytestmark = pytest.mark.engine
@@ -69,6 +70,28 @@ def mostly_slow(names: Iterable[str], chosen: Container[str]) -> list[Any]:
 
 Model = Callable[[str], Path]
 Serve = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hugging_face_classes() -> Iterator[None]:
+    """As they were, for the tests of other files: vLLM serves OLMo2 with Hugging Face's class."""
+    with hugging_face_classes_kept():
+        yield
+
+
+def test_hugging_face_classes_are_kept(serve: Serve) -> None:
+    """What vLLM makes of a class, and that it is taken back."""
+    from transformers import Olmo2Model
+
+    def seen() -> tuple[Any, ...]:
+        return Olmo2Model.__init__, Olmo2Model.__call__, Olmo2Model.__bases__
+
+    before = seen()
+    with hugging_face_classes_kept():
+        with serve("OLMo2"):
+            pass
+        assert all(now is not then for now, then in zip(seen(), before, strict=True))
+    assert seen() == before
 
 
 @pytest.fixture(scope="module")

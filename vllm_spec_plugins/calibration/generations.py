@@ -175,21 +175,22 @@ def offline_engine(model: Path, longest: int, engine: Engine, seed: int) -> Iter
     import torch
     from vllm import LLM
 
-    from vllm_spec_plugins.engine.offline import shut_down
+    from vllm_spec_plugins.engine.offline import hugging_face_classes_kept, shut_down
 
     options = {"enforce_eager": not torch.cuda.is_available(), **(engine.options or {})}
-    llm = LLM(
-        str(model),
-        dtype=_dtype(model, engine.dtype),  # pyright: ignore[reportArgumentType]
-        max_model_len=longest,
-        tensor_parallel_size=engine.tensor_parallel_size,
-        seed=seed,
-        **options,
-    )
-    try:
-        yield llm
-    finally:
-        shut_down(llm)
+    with hugging_face_classes_kept():
+        llm = LLM(
+            str(model),
+            dtype=_dtype(model, engine.dtype),  # pyright: ignore[reportArgumentType]
+            max_model_len=longest,
+            tensor_parallel_size=engine.tensor_parallel_size,
+            seed=seed,
+            **options,
+        )
+        try:
+            yield llm
+        finally:
+            shut_down(llm)
 
 
 def _environment(engine: Engine) -> dict[str, str]:
