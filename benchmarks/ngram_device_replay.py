@@ -159,7 +159,8 @@ def replay(trace: Trace, k: int, thresholds: Sequence[float]) -> NDArray[np.int6
                 DeviceDraftInput(
                     token_ids=table, slots=slots, fresh=fresh[slots], num_tokens=now,
                     num_prompt_tokens=now, max_draft=most, temperatures=torch.zeros(len(slots)),
-                    streams=slots, num_speculative_tokens=k,
+                    streams=slots, num_speculative_tokens=k, rows=slots.numpy(),
+                    is_fresh=fresh[slots].numpy(), most_tokens=now.numpy(),
                 )
             )  # fmt: skip
             acceptance = torch.sigmoid(features @ weights)

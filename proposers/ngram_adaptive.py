@@ -157,6 +157,10 @@ class NgramAdaptive(Proposer):
         return options.matching == "device"
 
     @classmethod
+    def drafts_on_host(cls, options: ProposerOptions) -> bool:
+        return not cls.drafts_on_device(options)
+
+    @classmethod
     def needs_for(cls, options: ProposerOptions) -> Needs:
         assert isinstance(options, NgramAdaptiveOptions)
         return Needs.CACHE_SALT if options.shared_index else Needs.HISTORY

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,6 +215,9 @@ class NgramDevice:
                 temperatures=(0 * one).float(),
                 streams=0 * one,
                 num_speculative_tokens=self._num_predicted - 1,
+                rows=np.zeros(1, dtype=np.int64),
+                is_fresh=np.ones(1, dtype=np.bool_),
+                most_tokens=np.array([min(4, max_model_len)]),
             )
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +59,9 @@ def batch(
         temperatures=zeros.float(),
         streams=zeros,
         num_speculative_tokens=K,
+        rows=np.array(list(texts)),
+        is_fresh=np.array([fresh is None or slot in fresh for slot in texts]),
+        most_tokens=np.array([len(text) for text in texts.values()]),
     )
 
 
@@ -224,9 +229,11 @@ def test_nothing_looks_at_a_value():
 
     def step() -> None:
         told = batch({0: [1], 2: [1, 2]})
-        names = [name for name in DeviceDraftInput.__slots__ if name != "num_speculative_tokens"]
-        tensors = {name: getattr(told, name).to(meta) for name in names}
-        draft = source.propose(DeviceDraftInput(**tensors, num_speculative_tokens=K))
+        said = {name: getattr(told, name) for name in DeviceDraftInput.__slots__}
+        there = {
+            name: value.to(meta) for name, value in said.items() if isinstance(value, torch.Tensor)
+        }
+        draft = source.propose(replace(told, **there))
         assert draft.token_ids.shape == (2, K)
         assert draft.token_ids.dtype == torch.int32
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import draft_vocabulary
 from .context import ModelFacts
+from .device_drafting import NEEDS_ON_DEVICE
 from .draft_vocabulary import DraftVocabularyOptions
 from .engine_proposer import EngineProposer
 from .errors import ConfigError, PluginError, did_you_mean, listed
@@ -425,16 +426,24 @@ def _check_looks_ahead(settings: PluginSettings, registry: Registry) -> None:
 
 
 def _check_device_draft(settings: PluginSettings, registry: Registry) -> None:
-    """What a proposer on the device is asked with has the token history, and nothing else."""
+    """Not everything that a proposer may need is to be had on the device."""
     if settings.proposer is None:
         return
     proposer, options = settings.proposer.build(Kind.PROPOSER, registry)
     needs: Needs = proposer.needs_for(options)
-    if proposer.drafts_on_device(options) and needs != Needs.HISTORY:
+    on_device, on_host = proposer.drafts_on_device(options), proposer.drafts_on_host(options)
+    if not on_device and not on_host:
+        raise PluginError(
+            f'The proposer "{settings.proposer.name}" drafts neither on the device nor on the '
+            "host with these options. Its author must have one of `drafts_on_device` and "
+            "`drafts_on_host` say otherwise."
+        )
+    if on_device and (missing := needs & ~(NEEDS_ON_DEVICE if on_host else Needs.HISTORY)):
         raise PluginError(
             f'The proposer "{settings.proposer.name}" drafts on the device with these options and '
-            f"needs {needs.name}; `DeviceDraftInput` brings the token history only. Its author "
-            "must leave one of them out."
+            f"needs {missing.name}, which `DeviceDraftInput` does not bring"
+            + ("" if on_host else " where texts are kept on the host")
+            + ". Its author must leave one of them out."
         )
 
 

@@ -2,10 +2,14 @@
 
 The engine plans its next step before the last one is verified (asynchronous scheduling) only
 where nothing between verification and drafting waits for the device. A proposer that says
-`Proposer.drafts_on_device` is therefore asked with tensors, and answers with tensors: how many
-tokens a request has is known to the device alone. Model runners that keep texts on the host
-copy them over before they ask; the proposer sees no difference. What else a proposer may need
-(`Needs`) is not to be had here, and a proposer that asks for both is refused.
+`Proposer.drafts_on_device` is therefore asked with tensors there, and answers with tensors: how
+many tokens a request has is known to the device alone. What the host knows without asking, as
+bounds, comes along in numpy. Of what else a proposer may need (`Needs`) there is what
+`NEEDS_ON_DEVICE` names; a proposer that asks for more is refused.
+
+Where scheduling is synchronous a proposer is asked by `Proposer.propose`; one that has none
+(`Proposer.drafts_on_host`) is asked with tensors there too: texts are copied to the device first,
+and it may need the token history alone.
 
 Shapes: R requests asked for, K the most tokens drafted for any of them, S the engine's request
 slots, L the most tokens of a text.
@@ -16,10 +20,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .proposer import Needs
+
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from .draft_probabilities import DraftProbabilities
+
+#: What a proposer may need and draft on the device.
+NEEDS_ON_DEVICE = Needs.TARGET_LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,10 @@ class DeviceDraftInput:
         temperatures: `[R]` float32, 0 = greedy.
         streams: `[R]` int64, random stream of each request (`random_numbers`, `Purpose.DRAFT`).
         num_speculative_tokens: K.
+        rows: `[R]` int64 on the host, for `TargetModel.sequences`.
+        is_fresh: `fresh`, on the host. A request that is not fresh has up to K + 1 tokens more than
+            when it was asked for last.
+        most_tokens: `[R]` int64 on the host, not less than `num_tokens`.
     """
 
     token_ids: Tensor
@@ -54,6 +69,9 @@ class DeviceDraftInput:
     temperatures: Tensor
     streams: Tensor
     num_speculative_tokens: int
+    rows: NDArray[np.int64]
+    is_fresh: NDArray[np.bool_]
+    most_tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

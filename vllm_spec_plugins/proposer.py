@@ -210,9 +210,15 @@ class Proposer(ABC):
 
     @classmethod
     def drafts_on_device(cls, options: ProposerOptions) -> bool:
-        """Whether it is asked by `propose_on_device`, with these options, instead of `propose`."""
+        """Whether `propose_on_device` works with these options: asked where nothing may wait."""
         del options
         return False
+
+    @classmethod
+    def drafts_on_host(cls, options: ProposerOptions) -> bool:
+        """Whether `propose` works with these options; else `propose_on_device` is asked always."""
+        del options
+        return True
 
     @classmethod
     def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
@@ -236,7 +242,8 @@ class Proposer(ABC):
     def propose_on_device(self, batch: DeviceDraftInput) -> DeviceDraft:
         """Draft for every request with `max_draft > 0`, without looking at a tensor's values.
 
-        Called instead of `propose` where `drafts_on_device` says so.
+        Called instead of `propose` under asynchronous scheduling, where `drafts_on_device` says so,
+        and everywhere where `drafts_on_host` denies.
         """
         raise NotImplementedError(f"{type(self).__name__} does not draft on the device.")
 

@@ -109,9 +109,9 @@ class RunnerAdapter:
             self._needs = spec.needs
             if Needs.LAYER_STATES in self._needs:
                 self._layers = tuple(sorted(set(cls.layers(options, self.context.facts))))
-        #: Asks a proposer that drafts on the device, of texts on the host.
+        #: Asks a proposer that drafts on the device alone, of texts on the host.
         self._asker: DeviceAsker | None = None
-        if self.proposer and spec.drafts_on_device and not self.keeps_texts_on_device:
+        if self.proposer and spec.drafts_on_device_alone and not self.keeps_texts_on_device:
             self._asker = DeviceAsker(self.proposer, self.context)
         self._failures = 0
         self._draft: Draft | None = None

@@ -107,17 +107,17 @@ class PluginSpeculativeConfig(SpeculativeConfig):
         return proposer_needs(self.settings)
 
     @property
-    def drafts_on_device(self) -> bool:
-        """Whether a proposer of ours is to be asked with tensors."""
+    def drafts_on_device_alone(self) -> bool:
+        """Whether a proposer of ours is always asked with tensors."""
         chosen = self.settings.proposer
         if chosen is None or self.method != "custom_class":
             return False
         proposer, options = chosen.build(Kind.PROPOSER, registry())
-        return bool(proposer.drafts_on_device(options))
+        return not proposer.drafts_on_host(options)
 
     def use_ngram(self) -> bool:
         """Model runner V2 keeps texts in the device's own memory for whoever reads them there."""
-        return self.drafts_on_device or super().use_ngram()
+        return self.drafts_on_device_alone or super().use_ngram()
 
     @property
     def counters(self) -> Source:

@@ -1,4 +1,4 @@
-"""Asks a proposer that drafts on the device where the runner keeps texts on the host.
+"""Asks a proposer that drafts on the device alone where the runner keeps texts on the host.
 
 Model runner V1 does, and V2 under synchronous scheduling. The proposer sees no difference.
 """
@@ -60,6 +60,9 @@ class DeviceAsker:
                 temperatures=on_device(batch.temperatures),
                 streams=on_device(batch.streams),
                 num_speculative_tokens=self._context.facts.num_speculative_tokens,
+                rows=batch.rows,
+                is_fresh=fresh,
+                most_tokens=batch.num_tokens,
             )
         )
         return Draft(draft.token_ids, draft.probabilities)

@@ -224,6 +224,13 @@ class V2AsyncAdapter(V2Adapter):
             temperatures=constants.temperatures,
             streams=constants.streams,
             num_speculative_tokens=facts.num_speculative_tokens,
+            rows=batch.idx_mapping_np.astype(np.int64),
+            is_fresh=fresh,
+            # All drafts accepted, and one token more; a prompt is there from the start.
+            most_tokens=np.maximum(
+                batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].astype(np.int64) + 1,
+                batch.prefill_len_np,
+            ),
         )
 
     def _constants_of(self, requests: RequestBatch) -> _Constants:
@@ -255,6 +262,8 @@ class V2AsyncAdapter(V2Adapter):
                 )
         except Exception:  # noqa: BLE001 - third-party code may raise anything
             self._failed()
+            # What it keeps may be of the middle of this draft.
+            self._fresh.update(self._input_batch.idx_mapping_np.tolist())
             return None
         self._failures = 0
         self._fresh.difference_update(self._input_batch.idx_mapping_np.tolist())

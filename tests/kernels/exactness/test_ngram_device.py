@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from vllm_spec_plugins.proposers import ngram_device
 from vllm_spec_plugins.triton_kernels.suffix_match import suffix_match_reference
@@ -23,6 +24,7 @@ def test_drafts_of_growing_texts() -> None:
     batch = DeviceDraftInput(
         token_ids=texts, slots=slots, fresh=zeros == 0, num_tokens=zeros, num_prompt_tokens=zeros,
         max_draft=zeros + K, temperatures=zeros.float(), streams=zeros, num_speculative_tokens=K,
+        rows=slots.cpu().numpy(), is_fresh=np.ones(3, dtype=bool), most_tokens=np.full(3, WIDTH),
     )  # fmt: skip
 
     def drafts() -> list[list[list[int]]]:

@@ -46,6 +46,11 @@ class OnDevice(Proposer):
         del options
         return True
 
+    @classmethod
+    def drafts_on_host(cls, options: ProposerOptions) -> bool:
+        del options
+        return False
+
     def propose(self, batch: DraftInput) -> Draft:
         raise AssertionError("asked for a draft on the host")
 
