@@ -161,6 +161,7 @@ def replay(trace: Trace, k: int, thresholds: Sequence[float]) -> NDArray[np.int6
                     num_prompt_tokens=now, max_draft=most, temperatures=torch.zeros(len(slots)),
                     streams=slots, num_speculative_tokens=k, rows=slots.numpy(),
                     is_fresh=fresh[slots].numpy(), most_tokens=now.numpy(),
+                    temperatures_on_host=np.zeros(len(slots), dtype=np.float32),
                 )
             )  # fmt: skip
             acceptance = torch.sigmoid(features @ weights)

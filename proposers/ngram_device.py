@@ -218,6 +218,7 @@ class NgramDevice:
                 rows=np.zeros(1, dtype=np.int64),
                 is_fresh=np.ones(1, dtype=np.bool_),
                 most_tokens=np.array([min(4, max_model_len)]),
+                temperatures_on_host=np.zeros(1, dtype=np.float32),
             )
         )
 

@@ -62,6 +62,7 @@ def batch(
         rows=np.array(list(texts)),
         is_fresh=np.array([fresh is None or slot in fresh for slot in texts]),
         most_tokens=np.array([len(text) for text in texts.values()]),
+        temperatures_on_host=np.zeros(len(texts), dtype=np.float32),
     )
 
 

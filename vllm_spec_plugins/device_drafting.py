@@ -58,6 +58,7 @@ class DeviceDraftInput:
         is_fresh: `fresh`, on the host. A request that is not fresh has up to K + 1 tokens more than
             when it was asked for last.
         most_tokens: `[R]` int64 on the host, not less than `num_tokens`.
+        temperatures_on_host: `temperatures`, on the host.
     """
 
     token_ids: Tensor
@@ -72,6 +73,7 @@ class DeviceDraftInput:
     rows: NDArray[np.int64]
     is_fresh: NDArray[np.bool_]
     most_tokens: NDArray[np.int64]
+    temperatures_on_host: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ class DeviceAsker:
                 rows=batch.rows,
                 is_fresh=fresh,
                 most_tokens=batch.num_tokens,
+                temperatures_on_host=batch.temperatures,
             )
         )
         return Draft(draft.token_ids, draft.probabilities)

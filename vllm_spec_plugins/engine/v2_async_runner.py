@@ -204,7 +204,8 @@ class V2AsyncAdapter(V2Adapter):
         """What our proposer is asked with, for all requests of the step."""
         batch, states = self._input_batch, self.runner.req_states
         facts, slots = self.context.facts, batch.idx_mapping
-        constants = self._constants_of(self.requests.batch(batch.req_ids))
+        requests = self.requests.batch(batch.req_ids)
+        constants = self._constants_of(requests)
         num_tokens = states.total_len.gpu[slots].long()
         num_prompt = states.prompt_len.gpu[slots].long()
         # Every step emits one token beyond the accepted drafts, and all must fit.
@@ -231,6 +232,7 @@ class V2AsyncAdapter(V2Adapter):
                 batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].astype(np.int64) + 1,
                 batch.prefill_len_np,
             ),
+            temperatures_on_host=requests.temperatures,
         )
 
     def _constants_of(self, requests: RequestBatch) -> _Constants:

@@ -25,6 +25,7 @@ def test_drafts_of_growing_texts() -> None:
         token_ids=texts, slots=slots, fresh=zeros == 0, num_tokens=zeros, num_prompt_tokens=zeros,
         max_draft=zeros + K, temperatures=zeros.float(), streams=zeros, num_speculative_tokens=K,
         rows=slots.cpu().numpy(), is_fresh=np.ones(3, dtype=bool), most_tokens=np.full(3, WIDTH),
+        temperatures_on_host=np.zeros(3, dtype=np.float32),
     )  # fmt: skip
 
     def drafts() -> list[list[list[int]]]:
