@@ -29,6 +29,7 @@ from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.step_clock import StepClock
 from vllm_spec_plugins.step_cost import StepTime
 from vllm_spec_plugins.target_rows import TargetRows
+from vllm_spec_plugins.transfers import to_device
 from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
 
 from .carrier import PluginSpeculativeConfig, chooses_exits, model_facts, registry
@@ -36,7 +37,6 @@ from .device_asker import DeviceAsker
 from .front_end import counters_writer
 from .pass_times import pass_times
 from .requests import RequestStates
-from .transfers import to_device
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

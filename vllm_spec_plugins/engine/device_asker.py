@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from vllm_spec_plugins.device_drafting import DeviceDraftInput
 from vllm_spec_plugins.proposer import Draft
-
-from .transfers import to_device
+from vllm_spec_plugins.transfers import to_device
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import EngineContext

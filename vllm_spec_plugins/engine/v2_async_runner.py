@@ -21,9 +21,9 @@ from vllm_spec_plugins.device_drafting import DeviceDraft, DeviceDraftInput
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import PluginError
 from vllm_spec_plugins.hookspecs import StepRecord, logger
+from vllm_spec_plugins.transfers import to_device, to_host_later
 
 from .adapter import MAX_FAILURES
-from .transfers import to_device, to_host_later
 from .v2_runner import V2Adapter
 
 if TYPE_CHECKING:

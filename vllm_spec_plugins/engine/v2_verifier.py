@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
+from vllm_spec_plugins.transfers import to_device
 from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
 
-from .transfers import to_device
 from .verified_step import DraftRows
 from .verify_each import verify_each
 

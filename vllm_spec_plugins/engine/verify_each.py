@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from vllm_spec_plugins.transfers import to_device
 from vllm_spec_plugins.verifier import Verification, Verifier, VerifyInput
-
-from .transfers import to_device
 
 
 def verify_each(
