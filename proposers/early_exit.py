@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from vllm_spec_plugins import draft_vocabulary
+from vllm_spec_plugins.device_drafting import DeviceDraft
 from vllm_spec_plugins.draft_head import DraftHead
 from vllm_spec_plugins.draft_sampling import DraftLaws, Draws, draw, token_ids_of
 from vllm_spec_plugins.draft_vocabulary import DraftVocabularyOptions
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.device_drafting import DeviceDraftInput
     from vllm_spec_plugins.draft_sampling import MostLikely
     from vllm_spec_plugins.proposer import StepStates
     from vllm_spec_plugins.target_model import LayerStack, TargetModel
@@ -152,6 +154,13 @@ class EarlyExit(Proposer):
         if options.adapter is not None or options.exit_layers is not None:
             return Signals.CONFIDENCES
         return cls.signals
+
+    @classmethod
+    def drafts_on_device(cls, options: ProposerOptions) -> bool:
+        assert isinstance(options, EarlyExitOptions)
+        fixed = not chooses(options) and options.exit_layers is None and options.adapter is None
+        vocabulary = options.draft_vocabulary
+        return fixed and (vocabulary is None or not draft_vocabulary.depends_on_text(vocabulary))
 
     @classmethod
     def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
@@ -302,8 +311,10 @@ class EarlyExit(Proposer):
         keys = batch.keys.select(requests)
         control = batch.length_control
         asks = Signals.CONFIDENCES in control.needs
-        draws = self._draws_of(batch, requests, width)
-        self._all_chosen = draws is None
+        streams, num_tokens = (
+            torch.from_numpy(values[requests]) for values in (batch.streams, batch.num_tokens)
+        )
+        draws = self._begin(batch.temperatures[requests], streams, num_tokens, width)
 
         table = torch.full((len(batch.request_ids), width), -1, dtype=torch.int64, device=device)
         self._laws.begin(len(batch.request_ids), width)
@@ -329,45 +340,99 @@ class EarlyExit(Proposer):
             )
         for index in range(width):
             step = DraftStep(token_ids, positions[index], sequences, drafting)
-            logits, vocabulary = run(step)
-            drawn = draw(logits, draws, index, asks)
-            token_ids = token_ids_of(drawn.columns, vocabulary)
+            token_ids, confidences = self._draft_token(run, step, draws, rows, index, asks)
             if rows is None:
                 table[:, index] = token_ids
             else:
                 table[rows, index] = token_ids
-            self._laws.put(rows, index, drawn, vocabulary)
             if index + 1 == width:
                 break
             if not asks and index + 1 < shortest:
                 continue
             going = most[drafting] > index + 1
             if asks:
-                assert drawn.confidences is not None
+                assert confidences is not None
                 going &= ~control.stop_after(
-                    keys.select(drafting), index, drawn.confidences.cpu().numpy()
+                    keys.select(drafting), index, confidences.cpu().numpy()
                 )
             if not going.all():
                 if not going.any():
                     break
+                draws = None if draws is None else draws.select(np.flatnonzero(going))
                 on = torch.from_numpy(np.flatnonzero(going)).to(device)
                 drafting, rows = drafting[going], on if rows is None else rows[on]
                 token_ids, first = token_ids[on], first[on]
                 sequences = sequences.select(on)
                 ahead = index + 1
                 positions[ahead:] = sequences.prepare(first + ahead, width - ahead)
-                draws = None if draws is None else draws.select(on)
         return Draft(table, self._laws.result())
 
-    def _draws_of(self, batch: DraftInput, requests: NDArray[np.int64], width: int) -> Draws | None:
-        """How tokens are drawn; None where every token is a choice."""
-        temperatures = batch.temperatures[requests]
-        if not self._draws or not temperatures.any():
+    @torch.inference_mode()
+    def propose_on_device(self, batch: DeviceDraftInput) -> DeviceDraft:
+        """The same tokens. All requests draft for as long as one might; what is too much goes."""
+        count, width = len(batch.slots), batch.num_speculative_tokens
+        drafts, last = batch.max_draft > 0, batch.num_tokens - 1
+        draws = self._begin(batch.temperatures_on_host, batch.streams, batch.num_tokens, width)
+        self._laws.begin(count, width)
+        # Who drafts nothing looks at its first token again and again, which costs least.
+        token_ids = torch.where(drafts, batch.token_ids[batch.slots, last], 0).long()
+        ends = torch.where(drafts, last + batch.max_draft, 0)
+        sequences = self._target.sequences(batch.rows, batch.most_tokens, ends)
+        everyone, drafted = np.arange(count), []
+        [run] = self._passes.values()
+        run.begin(count)
+        for index, positions in enumerate(sequences.prepare(last, width)):
+            step = DraftStep(token_ids, positions, sequences, everyone)
+            token_ids, _ = self._draft_token(run, step, draws, None, index)
+            drafted.append(token_ids)
+        table = torch.stack(drafted, dim=1)
+        too_many = torch.arange(width, device=table.device) >= batch.max_draft.unsqueeze(1)
+        return DeviceDraft(table.masked_fill(too_many, -1), self._laws.result())
+
+    def _begin(
+        self, temperatures: NDArray[np.float32], streams: Tensor, num_tokens: Tensor, width: int
+    ) -> Draws | None:
+        """How the tokens of a round are drawn; None where every token is a choice.
+
+        Args:
+            temperatures: `[R]`.
+            streams: `[R]` int64, on the host or the device.
+            num_tokens: `[R]` int64, there too.
+            width: Most tokens of a request.
+        """
+        self._all_chosen = not (self._draws and temperatures.any())
+        if self._all_chosen:
             return None
-        streams = torch.from_numpy(batch.streams[requests]).unsqueeze(1)
-        first = torch.from_numpy(batch.num_tokens[requests]).unsqueeze(1)
-        drawn = uniforms(streams, first, torch.arange(width).unsqueeze(0), Purpose.DRAFT)
+        index = torch.arange(width, device=streams.device)
+        drawn = uniforms(streams.unsqueeze(1), num_tokens.unsqueeze(1), index, Purpose.DRAFT)
         return Draws.of(temperatures, drawn.to(self.context.device))
+
+    def _draft_token(
+        self,
+        run: ExitPass,
+        step: DraftStep,
+        draws: Draws | None,
+        rows: Tensor | None,
+        index: int,
+        wants_confidences: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draft the `index`-th token of some requests, and keep the law it was drawn from.
+
+        Args:
+            run: The way there.
+            step: Their last tokens.
+            draws: How tokens are drawn; None = they are chosen.
+            rows: `[n]` which requests of the batch they are; None = all.
+            index: 0 for the first of the round.
+            wants_confidences: Whether to return them.
+
+        Returns:
+            `[n]` int64 token ids, and `[n]` float32 confidences.
+        """
+        logits, vocabulary = run(step)
+        drawn = draw(logits, draws, index, wants_confidences)
+        self._laws.put(rows, index, drawn, vocabulary)
+        return token_ids_of(drawn.columns, vocabulary), drawn.confidences
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .draft_probabilities import DraftProbabilities
+from .transfers import to_device
 from .triton_kernels.ranked_lm_head import (  # pyright: ignore[reportMissingImports]
     has_fused_head,
     ranked_lm_head,
@@ -53,33 +54,34 @@ class Draws:
     """How the tokens of R requests are drawn in one round of up to K each.
 
     Attributes:
-        scale: `[R, 1]` float32 temperatures, 1 where the most likely token is taken instead;
-            None when all are 1.
+        temperatures: `[R]` float32 on the host, 0 = the most likely token is taken.
+        scale: `[R, 1]` float32 temperatures, 1 where that is so; None when all are 1.
         sampled: `[R]` bool, which requests draw.
-        all_sampled: Whether all of them do.
+        chosen: `[C]` int64, the rows of those that do not; None = all do.
         uniforms: `[R, K]` float64 in (0, 1) (`Purpose.DRAFT`).
     """
 
+    temperatures: NDArray[np.float32]
     scale: Tensor | None
     sampled: Tensor
-    all_sampled: bool
+    chosen: Tensor | None
     uniforms: Tensor
 
     @classmethod
     def of(cls, temperatures: NDArray[np.float32], uniforms: Tensor) -> Draws:
         """From `[R]` temperatures on the host, 0 = the most likely token."""
         device, sampled = uniforms.device, temperatures > 0
-        scale = None
+        scale, chosen = None, None
         if (temperatures[sampled] != 1).any():
-            scale = torch.from_numpy(np.where(sampled, temperatures, np.float32(1)))
-            scale = scale.unsqueeze(1).to(device)
-        on_device = torch.from_numpy(sampled).to(device)
-        return cls(scale, on_device, bool(sampled.all()), uniforms)
+            scale = to_device(np.where(sampled, temperatures, np.float32(1)), device).unsqueeze(1)
+        if not sampled.all():
+            chosen = to_device(np.flatnonzero(~sampled), device)
+        return cls(temperatures, scale, to_device(sampled, device), chosen, uniforms)
 
-    def select(self, rows: Tensor) -> Draws:
+    def select(self, rows: NDArray[np.int64]) -> Draws:
         """Some of the requests."""
-        scale = None if self.scale is None else self.scale[rows]
-        return Draws(scale, self.sampled[rows], self.all_sampled, self.uniforms[rows])
+        uniforms = self.uniforms[to_device(rows, self.uniforms.device)]
+        return Draws.of(self.temperatures[rows], uniforms)
 
 
 def draw(
@@ -108,9 +110,8 @@ def draw(
         logits.div_(draws.scale)
     probabilities = torch.softmax(logits, dim=-1)
     columns = sample_weights(probabilities, draws.uniforms[:, index])
-    if not draws.all_sampled:
-        chosen = (~draws.sampled).nonzero().squeeze(1)
-        columns[chosen] = first_argmax(logits.index_select(0, chosen))
+    if draws.chosen is not None:
+        columns[draws.chosen] = first_argmax(logits.index_select(0, draws.chosen))
     confidences = None
     if wants_confidences:
         confidences = probabilities.gather(1, columns.unsqueeze(1)).squeeze(1)

@@ -244,6 +244,19 @@ def tokenizer_fingerprint(folder: str | Path) -> str | None:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def depends_on_text(options: DraftVocabularyOptions) -> bool:
+    """Whether requests are drafted for from different tokens: dynamic ones, or several lists.
+
+    A file that cannot be read is for `check` to refuse; it counts as several lists.
+    """
+    if options.dynamic_tokens:
+        return True
+    try:
+        return len(RankedVocabulary.read(options.file).lists) > 1
+    except SpecPluginsError:
+        return True
+
+
 def check(options: DraftVocabularyOptions, facts: ModelFacts) -> None:
     """For `Proposer.check`: refuse a file that does not fit the target, before anything loads.
 

@@ -101,7 +101,7 @@ class PagedSequences(Protocol):
         in the processor's caches. Hand `step` the tensors returned here.
 
         Returns:
-            Positions of `count` steps.
+            Positions of `count` steps; a request stays at its end (`TargetModel.sequences`).
         """
         ...
 
@@ -218,8 +218,22 @@ class TargetModel(Protocol):
         """`[T, H]` what the head reads."""
         ...
 
-    def sequences(self, rows: NDArray[np.int64]) -> PagedSequences:
-        """The pages of the requests in some rows (`DraftInput.rows`) of the step's batch."""
+    def sequences(
+        self,
+        rows: NDArray[np.int64],
+        most_tokens: NDArray[np.int64] | None = None,
+        ends: Tensor | None = None,
+    ) -> PagedSequences:
+        """The pages of the requests in some rows (`DraftInput.rows`) of the step's batch.
+
+        Args:
+            rows: `[R]`.
+            most_tokens: `[R]` on the host, not less than the tokens of each; None = the engine
+                knows, or takes the most that a request can have.
+            ends: `[R]` int64 on the device: from this position on nothing of a request is
+                written, and what is computed there has no meaning; None = all that is asked for
+                is written.
+        """
         ...
 
     def warm_up_sequences(self, num_requests: int) -> PagedSequences:

@@ -27,8 +27,12 @@ _DRAFTS = {"num_speculative_tokens": 3}
 ON_DEVICE = {"method": "acme_on_device", **_DRAFTS}
 NGRAM = {"method": "ngram_gpu", "prompt_lookup_min": 1, "prompt_lookup_max": 3, **_DRAFTS}
 BLOCK = {"name": "lossless", "rule": "block"}
+EARLY_EXIT = {"method": "early_exit", "exit_layer": 2, **_DRAFTS}
 CONFIGURATIONS = {"a plugin's, token": ON_DEVICE}
 MORE_CONFIGURATIONS = {
+    "early_exit, token": EARLY_EXIT,
+    "early_exit, block": {**EARLY_EXIT, "verifier": BLOCK},
+    "early_exit without an attention": {**EARLY_EXIT, "exit_layer": 3, "skip_attention": (1,)},
     "ngram_adaptive, token": {"method": "ngram_adaptive", "matching": "device", **_DRAFTS},
     "ngram of vLLM, block": {**NGRAM, "verifier": BLOCK},
     "a plugin's, block": {**ON_DEVICE, "verifier": BLOCK},

@@ -142,6 +142,9 @@ def test_a_draft_of_the_host_waits_for_what_was_emitted_only(
     ("config", "temperature"),
     [
         ({**ON_DEVICE, "draws": True}, 1.0),
+        (EARLY_EXIT, 1.0),
+        pytest.param(EARLY_EXIT, 0.0, marks=pytest.mark.slow),
+        pytest.param({**EARLY_EXIT, "verifier": BLOCK}, 1.0, marks=pytest.mark.slow),
         pytest.param(ON_DEVICE, 0.0, marks=pytest.mark.slow),
         pytest.param({**ON_DEVICE, "verifier": BLOCK}, 0.0, marks=pytest.mark.slow),
         pytest.param({**ON_DEVICE, "draws": True, "verifier": BLOCK}, 1.0, marks=pytest.mark.slow),

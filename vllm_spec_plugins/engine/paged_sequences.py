@@ -23,6 +23,7 @@ from vllm.forward_context import (
     set_forward_context,
 )
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,12 +51,20 @@ class Sequences:
         pages: One for each attention group of the target.
         vllm_config: Of the engine.
         longest: No request has more positions than this during the draft.
+        ends: `[R]` int64, where each request's own positions end; None = all are its own.
     """
 
-    def __init__(self, pages: Sequence[Pages], vllm_config: VllmConfig, longest: int) -> None:
+    def __init__(
+        self,
+        pages: Sequence[Pages],
+        vllm_config: VllmConfig,
+        longest: int,
+        ends: Tensor | None = None,
+    ) -> None:
         self._pages = pages
         self._vllm_config = vllm_config
         self._longest = longest
+        self._ends = ends
         table = pages[0].block_table
         self._num_requests = len(table)
         self._device = table.device
@@ -67,16 +76,17 @@ class Sequences:
 
     def select(self, requests: Tensor) -> Sequences:
         pages = [Pages(p.group, p.block_size, p.block_table[requests]) for p in self._pages]
-        return Sequences(pages, self._vllm_config, self._longest)
+        ends = None if self._ends is None else self._ends[requests]
+        return Sequences(pages, self._vllm_config, self._longest, ends)
 
     def prepare(self, positions: Tensor, count: int) -> list[Tensor]:
         # Metadata of GPU backends share buffers: only the last built would be right.
         if self._device.type != "cpu":
-            return [positions + index for index in range(count)]
+            return [self._within(positions + index) for index in range(count)]
         # Small operations take longer than what they compute: one for all steps.
-        at = positions + torch.arange(count).unsqueeze(1)  # [count, R]
+        at = self._within(positions + torch.arange(count).unsqueeze(1))  # [count, R]
         seq_lens = at.to(torch.int32) + 1
-        slots = [_slots(pages, at, None) for pages in self._pages]
+        slots = [_slots(pages, at, None, self._ends) for pages in self._pages]
         steps = list(at.unbind())
         by_layer = []
         for index, step in enumerate(steps):
@@ -89,6 +99,10 @@ class Sequences:
             own.attn_metadata, own.slot_mapping = metadata, slot_of
             self._prepared[id(step)] = step, own
         return steps
+
+    def _within(self, positions: Tensor) -> Tensor:
+        """`[..., R]` where no request has gone past its end."""
+        return positions if self._ends is None else torch.minimum(positions, self._ends)
 
     def step(
         self, positions: Tensor, query_lengths: Sequence[int] | None = None
@@ -109,7 +123,7 @@ class Sequences:
         if self._device.type != "cpu":  # known without asking the device
             bound = torch.full((self._num_requests,), self._longest, dtype=torch.int32)
         batch = _Batch(starts, starts_on_host, most, seq_lens, bound)
-        slots = [_slots(pages, positions, owner) for pages in self._pages]
+        slots = [_slots(pages, positions, owner, self._ends) for pages in self._pages]
         return self._context(self._by_layer(batch, positions, slots), len(positions))
 
     def _by_layer(
@@ -172,11 +186,16 @@ def _counted(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device)
 
 
-def _slots(pages: Pages, positions: Tensor, owner: Tensor | None) -> Tensor:
-    """Key/value slot of each position, int64.
+def _slots(
+    pages: Pages, positions: Tensor, owner: Tensor | None, ends: Tensor | None = None
+) -> Tensor:
+    """Key/value slot of each position, int64; where it is not its request's, vLLM's padding.
 
-    `owner` `[T]` is the request of each, for positions `[T]`. None = one each, for positions
-    `[R]` or, of several steps, `[steps, R]`.
+    Args:
+        pages: Where the requests write.
+        positions: `[T]`, or one for each request: `[R]`, or of several steps `[steps, R]`.
+        owner: `[T]` request of each; None = one each.
+        ends: `[R]` first position that is not a request's; None = all are.
     """
     if owner is None:
         owner = _counted(positions.shape[-1], positions.device)
@@ -184,6 +203,8 @@ def _slots(pages: Pages, positions: Tensor, owner: Tensor | None) -> Tensor:
     if positions.device.type == "cpu":  # where numpy's small operations cost a third of torch's
         where = positions.numpy()
         block = pages.block_table.numpy()[owner.numpy(), where // size]
-        return torch.from_numpy(block.astype(np.int64) * size + where % size)
-    block = pages.block_table[owner, torch.div(positions, size, rounding_mode="floor")]
-    return block.long() * size + positions % size
+        slots = torch.from_numpy(block.astype(np.int64) * size + where % size)
+    else:
+        block = pages.block_table[owner, torch.div(positions, size, rounding_mode="floor")]
+        slots = block.long() * size + positions % size
+    return slots if ends is None else slots.masked_fill_(positions >= ends[owner], PAD_SLOT_ID)

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_spec_plugins.errors import SpecPluginsError
 from vllm_spec_plugins.target_model import LayerStack, LayerState
+from vllm_spec_plugins.transfers import to_device
 
 from .language_model_head import EngineHead
 from .layer_parts import LayerParts
@@ -109,11 +110,17 @@ class Target:
     def final_norm(self, state: LayerState) -> Tensor:
         return self._parts.final_norm(state)
 
-    def sequences(self, rows: NDArray[np.int64]) -> Sequences:
-        index = torch.from_numpy(rows).to(self._runner.device)
-        longest = self._longest(rows) + self._lookahead
+    def sequences(
+        self,
+        rows: NDArray[np.int64],
+        most_tokens: NDArray[np.int64] | None = None,
+        ends: Tensor | None = None,
+    ) -> Sequences:
+        index = to_device(rows, self._runner.device)
+        longest = self._longest(rows) if most_tokens is None else int(most_tokens.max())
+        longest = min(longest + self._lookahead, self._runner.model_config.max_model_len)
         pages = [Pages(group, size, table[index]) for group, size, table in self._tables()]
-        return Sequences(pages, self._runner.vllm_config, longest)
+        return Sequences(pages, self._runner.vllm_config, longest, ends)
 
     def warm_up_sequences(self, num_requests: int) -> Sequences:
         num_blocks = self._runner.kv_cache_config.num_blocks

@@ -93,7 +93,8 @@ class V2Adapter(RunnerAdapter):
         self._load_model_by_vllm(*args, **kwargs)
         if self.proposer is not None:
             most = self.context.facts.num_speculative_tokens
-            self.load(V2Target(runner.model, runner, most, self.history))
+            history = None if self.keeps_texts_on_device else self.history
+            self.load(V2Target(runner.model, runner, most, history))
             if self._layers:
                 # Nothing has run or is compiled yet.
                 runner.model.set_aux_hidden_state_layers(self._layers)

@@ -22,11 +22,15 @@ class V2Target(Target):
         module: The target, weights loaded.
         runner: The model runner that serves it.
         num_speculative_tokens: Most positions drafted past the verified ones.
-        history: Knows how long each request is.
+        history: Knows how long each request is; None = only the device does.
     """
 
     def __init__(
-        self, module: nn.Module, runner: Any, num_speculative_tokens: int, history: HostHistory
+        self,
+        module: nn.Module,
+        runner: Any,
+        num_speculative_tokens: int,
+        history: HostHistory | None,
     ) -> None:
         super().__init__(module, runner, num_speculative_tokens)
         self._history = history
@@ -36,6 +40,8 @@ class V2Target(Target):
         return self._runner.input_buffers.input_ids.dtype
 
     def _longest(self, rows: NDArray[np.int64]) -> int:
+        if self._history is None:
+            return self._runner.model_config.max_model_len
         return int(self._history.num_tokens[rows].max())
 
     def _tables(self) -> list[tuple[Any, int, Tensor]]:
