@@ -163,6 +163,16 @@ def test_nothing_waits_under_asynchronous_scheduling(
         assert not waits_of_a_step(llm, monkeypatch, temperature=temperature)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
+def test_a_ranked_vocabulary_does_not_wait(
+    serve_v2: Any, monkeypatch: pytest.MonkeyPatch, write_ranked: Any, tmp_path: Path
+) -> None:
+    file = write_ranked(tmp_path / "ranked", 16, {"all": range(12)})
+    with serve_v2({**EARLY_EXIT, "draft_vocabulary": file}) as llm:
+        assert not waits_of_a_step(llm, monkeypatch, temperature=1.0)
+
+
 def test_requests_of_several_verifiers_are_picked_without_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

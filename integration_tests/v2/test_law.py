@@ -45,6 +45,9 @@ CONFIGURATIONS = {
 
 ON_DEVICE = {"method": "acme_on_device", "draws": True, **_DRAFTS}
 ASYNCHRONOUS = {
+    "early_exit, token": EARLY_EXIT,
+    "early_exit, block": {**EARLY_EXIT, "verifier": BLOCK},
+    "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": "RANKED"},
     "on the device, token": ON_DEVICE,
     "on the device, block": {**ON_DEVICE, "verifier": BLOCK},
     "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
@@ -118,10 +121,47 @@ def test_the_law_is_the_targets(
 @pytest.mark.usefixtures("acme_methods", "asynchronous")
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 def test_the_law_is_the_targets_under_asynchronous_scheduling(
-    name: str, many: Any, law: Tensor, generate: Any, drafted_by: Any
+    name: str,
+    many: Any,
+    law: Tensor,
+    generate: Any,
+    drafted_by: Any,
+    write_ranked: Any,
+    tmp_path: Path,
 ) -> None:
     """The plugin's drafts have 0 to 3 tokens, by their place in the text; all are padded to 3."""
-    holds_to_the_law(ASYNCHRONOUS[name], many, law, generate, drafted_by)
+    config = ASYNCHRONOUS[name]
+    if "draft_vocabulary" in config:
+        # Tokens 12 to 15 are never drafted, and come from the residual distribution.
+        file = write_ranked(tmp_path / "ranked", VOCABULARY, {"all": range(12)})
+        config = {**config, "draft_vocabulary": file}
+    holds_to_the_law(config, many, law, generate, drafted_by)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
+def test_a_wrong_law_of_drafts_on_the_device_is_seen(
+    many: Any, law: Tensor, generate: Any, adapter_of: Any
+) -> None:
+    """Negative control: verified as if the drafts were drawn a little hotter than they are."""
+    import torch
+
+    from vllm_spec_plugins import DeviceDraft
+    from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+
+    with many(EARLY_EXIT) as llm:
+        proposer = adapter_of(llm).proposer
+        propose_on_device = proposer.propose_on_device
+
+        def with_another_law(batch: Any) -> DeviceDraft:
+            draft = propose_on_device(batch)
+            hotter = torch.softmax(draft.probabilities.values.log() * 0.6, dim=-1)
+            kept = DraftProbabilities(hotter, None, draft.probabilities.sampled)
+            return DeviceDraft(draft.token_ids, kept)
+
+        proposer.propose_on_device = with_another_law
+        found = fits(llm, generate, law)
+    assert failures(found, FALSE_ALARM)
 
 
 def holds_to_the_law(
