@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
-    from vllm_spec_plugins.device_drafting import DeviceDraftInput
+    from vllm_spec_plugins.device_drafting import DeviceDraftInput, DeviceStepStates
     from vllm_spec_plugins.draft_sampling import MostLikely
     from vllm_spec_plugins.proposer import StepStates
-    from vllm_spec_plugins.target_model import LayerStack, TargetModel
+    from vllm_spec_plugins.target_model import LayerStack, PagedSequences, TargetModel
 
 
 class EarlyExitOptions(ProposerOptions):
@@ -158,7 +158,7 @@ class EarlyExit(Proposer):
     @classmethod
     def drafts_on_device(cls, options: ProposerOptions) -> bool:
         assert isinstance(options, EarlyExitOptions)
-        fixed = not chooses(options) and options.exit_layers is None and options.adapter is None
+        fixed = not chooses(options) and options.exit_layers is None
         vocabulary = options.draft_vocabulary
         return fixed and (vocabulary is None or not draft_vocabulary.depends_on_text(vocabulary))
 
@@ -261,12 +261,22 @@ class EarlyExit(Proposer):
     @torch.inference_mode()
     def follow(self, states: StepStates) -> None:
         if self._adapter is not None:
-            hidden = states.layer_states[self._exits.layers[0]]
-            sequences = self._target.sequences(states.rows)
-            with sequences.step(states.positions, states.num_scheduled.tolist()):
-                self._adapter.write(hidden, states.positions)
+            self._write_adapter(states, self._target.sequences(states.rows))
         elif self._selection is not None:
             self._compare_exits(states)
+
+    @torch.inference_mode()
+    def follow_on_device(self, states: DeviceStepStates) -> None:
+        self._write_adapter(states, self._target.sequences(states.rows, states.most_tokens))
+
+    def _write_adapter(
+        self, states: StepStates | DeviceStepStates, sequences: PagedSequences
+    ) -> None:
+        """The adapter's own keys and values of a step."""
+        assert self._adapter is not None
+        hidden = states.layer_states[self._exits.layers[0]]
+        with sequences.step(states.positions, states.num_scheduled.tolist()):
+            self._adapter.write(hidden, states.positions)
 
     def _compare_exits(self, states: StepStates) -> None:
         """Learn how each exit would have done, in one of some steps."""

@@ -231,7 +231,7 @@ def test_a_pass_beyond_the_limit_would_be_seen() -> None:
         ({}, False),
         ({"exit_candidates": (1, 2)}, False),
         ({"exit_layers": (1, 2)}, False),
-        ({"adapter": "a file"}, False),
+        ({"adapter": "a file"}, True),
         ({"exit_layer": 2, "draft_vocabulary": "one"}, True),
         ({"exit_layer": 2, "draft_vocabulary": {"file": "one", "dynamic_tokens": 4}}, False),
         ({"exit_layer": 2, "draft_vocabulary": "two"}, False),
@@ -241,7 +241,7 @@ def test_a_pass_beyond_the_limit_would_be_seen() -> None:
 def test_which_options_can(
     options: dict[str, Any], able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not where an exit is chosen, states are followed, or texts decide on the host."""
+    """Not where an exit is chosen, or texts decide on the host."""
     monkeypatch.chdir(tmp_path)
     vocabulary(tmp_path / "one", range(5, 25))
     vocabulary(tmp_path / "two", range(5, 25), range(10, 30))

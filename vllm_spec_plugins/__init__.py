@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .context import EngineContext, ModelFacts
-    from .device_drafting import DeviceDraft, DeviceDraftInput
+    from .device_drafting import DeviceDraft, DeviceDraftInput, DeviceStepStates
     from .draft_probabilities import DraftProbabilities
     from .errors import SpecPluginsError
     from .hookspecs import StepRecord, hookimpl
@@ -36,6 +36,7 @@ __all__ = [
     "AcceptanceRule",
     "DeviceDraft",
     "DeviceDraftInput",
+    "DeviceStepStates",
     "Draft",
     "DraftInput",
     "DraftProbabilities",
@@ -70,6 +71,7 @@ _HOME = {
     "AcceptanceRule": "verifier",
     "DeviceDraft": "device_drafting",
     "DeviceDraftInput": "device_drafting",
+    "DeviceStepStates": "device_drafting",
     "Draft": "proposer",
     "DraftInput": "proposer",
     "DraftProbabilities": "draft_probabilities",

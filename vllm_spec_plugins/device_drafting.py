@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from .proposer import Needs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -30,7 +32,32 @@ if TYPE_CHECKING:
     from .draft_probabilities import DraftProbabilities
 
 #: What a proposer may need and draft on the device.
-NEEDS_ON_DEVICE = Needs.TARGET_LAYERS
+NEEDS_ON_DEVICE = Needs.TARGET_LAYERS | Needs.LAYER_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStepStates:
+    """What one engine step computed, where the host does not know yet what of it stands.
+
+    The T tokens of the step lie end to end, request by request; rejected draft tokens are
+    among them, and what is kept of those is overwritten when their positions come again.
+
+    Attributes:
+        rows: `[R]` int64 on the host, for `TargetModel.sequences`.
+        most_tokens: `[R]` int64 on the host, as `DeviceDraftInput.most_tokens`.
+        num_scheduled: `[R]` int64 on the host, tokens of each; sums to T.
+        token_ids: `[T]` int64 on the device.
+        positions: `[T]` int64 on the device.
+        layer_states: By number of layers run, `[T, H]` hidden states after that many layers,
+            before any norm. `num_layers` itself: what the final norm reads.
+    """
+
+    rows: NDArray[np.int64]
+    most_tokens: NDArray[np.int64]
+    num_scheduled: NDArray[np.int64]
+    token_ids: Tensor
+    positions: Tensor
+    layer_states: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .context import EngineContext, ModelFacts
-    from .device_drafting import DeviceDraft, DeviceDraftInput
+    from .device_drafting import DeviceDraft, DeviceDraftInput, DeviceStepStates
     from .draft_probabilities import DraftProbabilities
     from .length_control import LengthController
     from .target_model import TargetModel
@@ -47,7 +47,8 @@ class Needs(Flag):
     #: The `cache_salt` each request came with, so that state shared between
     #: requests can be kept apart as vLLM keeps its prefix cache apart.
     CACHE_SALT = auto()
-    #: `Proposer.follow` is called in every step, with hidden states after `Proposer.layers`.
+    #: `Proposer.follow` (where drafts are made on the device `follow_on_device`) is called in
+    #: every step, with hidden states after `Proposer.layers`.
     LAYER_STATES = auto()
     #: The target's logits of the last verification, past the token it ended with.
     TARGET_LOGITS = auto()
@@ -231,6 +232,10 @@ class Proposer(ABC):
 
     def follow(self, states: StepStates) -> None:
         """With `Needs.LAYER_STATES`: what a step computed, before `propose` is asked."""
+
+    def follow_on_device(self, states: DeviceStepStates) -> None:
+        """The same where `propose_on_device` is asked, without looking at a tensor's values."""
+        raise NotImplementedError(f"{type(self).__name__} does not follow on the device.")
 
     def warm_up(self) -> None:
         """Compile and touch everything the first real step would otherwise wait for."""

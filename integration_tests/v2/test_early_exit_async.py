@@ -204,3 +204,47 @@ def test_prefixes_found_in_the_cache_are_what_was_computed(
         for _ in range(2):
             assert generate(llm, PROMPTS, max_tokens=MAX_TOKENS) == plain
     assert watched.cached_prompt_tokens > 0
+
+
+@pytest.fixture
+def drafts_of_an_adapter(
+    serve_v2: Any, generate: Any, adapter_of: Any, exiting_model: Path, exit_adapter: str
+) -> Callable[..., dict[tuple[int, ...], list[int]]]:
+    """`drafts_of_an_adapter(asynchronous, follows=True)`: what was drafted after which text."""
+    config = {"method": "early_exit", "adapter": exit_adapter, "num_speculative_tokens": 3}
+
+    def drafts(wanted: bool, follows: bool = True) -> dict[tuple[int, ...], list[int]]:
+        found: dict[tuple[int, ...], list[int]] = {}
+
+        def keep(table: Any, rows: Any, batch: Any, draft: Any) -> Any:
+            for i, row in enumerate(rows.tolist()):
+                tokens = [token for token in draft.token_ids[i].tolist() if token >= 0]
+                found[tuple(table[row, : int(batch.num_tokens[i])].tolist())] = tokens
+            return draft
+
+        with serve_v2(config, model=str(exiting_model), async_scheduling=wanted) as llm:
+            assert is_asynchronous(llm) == wanted
+            proposer: Any = adapter_of(llm).proposer
+            on_host, on_device = proposer.propose, proposer.propose_on_device
+            proposer.propose = lambda b: keep(b.token_history, b.rows, b, on_host(b))
+            proposer.propose_on_device = lambda b: keep(b.token_ids, b.slots, b, on_device(b))
+            if not follows:
+                proposer.follow_on_device = lambda _: None
+            generate(llm, PROMPTS, max_tokens=MAX_TOKENS)
+            assert adapter_of(llm)._failures == 0
+        return found
+
+    return drafts
+
+
+@pytest.mark.slow
+def test_an_adapter_follows_on_the_device(drafts_of_an_adapter: Any) -> None:
+    """After every text it drafts what it drafts under synchronous scheduling."""
+    expected, found = drafts_of_an_adapter(False), drafts_of_an_adapter(True)
+    both = expected.keys() & found.keys()
+    assert len(both) > 0.8 * len(expected)
+    assert [found[text] for text in both] == [expected[text] for text in both]
+    # Negative control: without the keys of the prompt.
+    found = drafts_of_an_adapter(True, follows=False)
+    both = expected.keys() & found.keys()
+    assert [found[text] for text in both] != [expected[text] for text in both]

@@ -165,6 +165,16 @@ def test_nothing_waits_under_asynchronous_scheduling(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("asynchronous")
+def test_an_adapter_does_not_wait(
+    serve_v2: Any, monkeypatch: pytest.MonkeyPatch, exiting_model: Path, exit_adapter: str
+) -> None:
+    config = {"method": "early_exit", "adapter": exit_adapter, "num_speculative_tokens": 3}
+    with serve_v2(config, model=str(exiting_model)) as llm:
+        assert not waits_of_a_step(llm, monkeypatch, temperature=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asynchronous")
 def test_a_ranked_vocabulary_does_not_wait(
     serve_v2: Any, monkeypatch: pytest.MonkeyPatch, write_ranked: Any, tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ from vllm.forward_context import (
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from vllm_spec_plugins.transfers import to_device
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -115,8 +117,9 @@ class Sequences:
         if query_lengths is not None:
             lengths = torch.tensor(query_lengths, dtype=torch.int32)
             starts_on_host = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            starts, most = starts_on_host.to(self._device), max(query_lengths)
-            owner = torch.repeat_interleave(lengths.long()).to(self._device)
+            starts = to_device(starts_on_host.numpy(), self._device)
+            most = max(query_lengths)
+            owner = to_device(np.repeat(np.arange(len(lengths)), query_lengths), self._device)
             last = positions[starts[1:].long() - 1]
         seq_lens = last.to(torch.int32) + 1
         bound = seq_lens

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.device_drafting import DeviceDraft, DeviceDraftInput
+from vllm_spec_plugins.device_drafting import DeviceDraft, DeviceDraftInput, DeviceStepStates
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import PluginError
 from vllm_spec_plugins.hookspecs import StepRecord, logger
@@ -29,6 +29,7 @@ from .v2_runner import V2Adapter
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from vllm.config import VllmConfig
 
     from vllm_spec_plugins.verifier import Verification, VerifyInput
@@ -176,9 +177,11 @@ class V2AsyncAdapter(V2Adapter):
         layer_states: list[Tensor] | None,
         limit: int,
     ) -> None:
-        del hidden_states, layer_states
+        del hidden_states
         if not self._serves:
             return
+        if layer_states and self._layers:
+            self._show_states_on_device(layer_states)
         slots = self._input_batch.idx_mapping
         asked = self._ask(self._device_draft_input(limit))
         if asked is None:
@@ -199,6 +202,36 @@ class V2AsyncAdapter(V2Adapter):
     def take_draft_token_ids(self) -> Any:
         """How many count is known to the device alone: all are scheduled."""
         return self._take_drafts_by_vllm()
+
+    def _show_states_on_device(self, layer_states: list[Tensor]) -> None:
+        """Show our proposer what the step computed; see `show_states`."""
+        assert self.proposer is not None
+        if self._failures >= MAX_FAILURES:
+            return
+        batch = self._input_batch
+        count = int(batch.num_scheduled_tokens.sum())
+        states = DeviceStepStates(
+            rows=batch.idx_mapping_np.astype(np.int64),
+            most_tokens=self._most_tokens(),
+            num_scheduled=batch.num_scheduled_tokens.astype(np.int64),
+            token_ids=batch.input_ids[:count].long(),
+            positions=batch.positions[:count].long(),
+            layer_states={
+                layer: state[:count]
+                for layer, state in zip(self._layers, layer_states, strict=True)
+            },
+        )
+        try:
+            self.proposer.follow_on_device(states)
+        except Exception:  # noqa: BLE001 - third-party code may raise anything
+            self._failed()
+
+    def _most_tokens(self) -> NDArray[np.int64]:
+        """`[R]` not less than the tokens of each request of the step."""
+        batch = self._input_batch
+        bound = batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].astype(np.int64)
+        # All drafts accepted, and one token more; a prompt is there from the start.
+        return np.maximum(bound + 1, batch.prefill_len_np)
 
     def _device_draft_input(self, limit: int) -> DeviceDraftInput:
         """What our proposer is asked with, for all requests of the step."""
@@ -227,11 +260,7 @@ class V2AsyncAdapter(V2Adapter):
             num_speculative_tokens=facts.num_speculative_tokens,
             rows=batch.idx_mapping_np.astype(np.int64),
             is_fresh=fresh,
-            # All drafts accepted, and one token more; a prompt is there from the start.
-            most_tokens=np.maximum(
-                batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].astype(np.int64) + 1,
-                batch.prefill_len_np,
-            ),
+            most_tokens=self._most_tokens(),
             temperatures_on_host=requests.temperatures,
         )
 
