@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from . import corpus, sums
 from .cache import key_of, obtain
-from .recipes import RECIPES, ExpandedRecipe, Recipe, SumsRecipe, TextRecipe, VisualRecipe
+from .recipes import (
+    RECIPES,
+    DistilledVisualRecipe,
+    ExpandedRecipe,
+    Recipe,
+    SumsRecipe,
+    TextRecipe,
+    VisualRecipe,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +74,10 @@ def facts_of(recipe: Recipe) -> Mapping[str, object]:
     if isinstance(recipe, ExpandedRecipe):
         return facts | {"source": folder_name(RECIPES[recipe.source])}
     if isinstance(recipe, VisualRecipe):
-        return facts | {"images": images_folder_name(recipe), "bfloat16": has_bfloat16_units()}
+        facts |= {"images": images_folder_name(recipe), "bfloat16": has_bfloat16_units()}
+        if isinstance(recipe, DistilledVisualRecipe):
+            facts["teacher_folder"] = folder_name(RECIPES[recipe.teacher])
+        return facts
     return facts | {
         "corpus": _text_digest(recipe),
         "tokenizers": _minor_version("tokenizers"),
@@ -153,13 +164,17 @@ def _train_visual(
     import torch
 
     from .digits import load_digits
-    from .hugging_face import save_model
+    from .hugging_face import load_model, save_model
     from .image_folder import read_images, save_image_tokenizer
     from .image_tokens import IMAGE_TOKEN_RANGE
     from .progress import training_progress
     from .visual_training import cross_entropy, texts_of_step, train_visual
 
     images_folder = build_images(recipe, threads)
+    teacher = None
+    if isinstance(recipe, DistilledVisualRecipe):
+        source = RECIPES[recipe.teacher]
+        teacher = load_model(source.architecture, build(source, threads)).requires_grad_(False)
     logger.info("training %s: about %g minutes on four cores", recipe.name, recipe.minutes)
     images = read_images(images_folder)
     training, held_out = load_digits()
@@ -167,7 +182,13 @@ def _train_visual(
     with _torch_threads(threads) as used:
         with training_progress(recipe.name, recipe.steps) as on_step:
             trained = train_visual(
-                recipe, training, images.tokens, dtype, unfinished / "checkpoint.pt", on_step
+                recipe,
+                training,
+                images.tokens,
+                dtype,
+                unfinished / "checkpoint.pt",
+                on_step,
+                teacher,
             )
         texts = texts_of_step(held_out, images.tokens, 0, recipe)
         held_out_loss = cross_entropy(trained.model, texts, torch.float32)

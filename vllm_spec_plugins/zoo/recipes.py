@@ -134,6 +134,17 @@ class VisualRecipe:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class DistilledVisualRecipe(VisualRecipe):
+    """An image model that learns what another says of images, instead of the images alone.
+
+    Attributes:
+        teacher: Name of the other model's recipe.
+    """
+
+    teacher: str = ""
+
+
 #: Of any model of the zoo.
 Recipe = TextRecipe | ExpandedRecipe | VisualRecipe
 
@@ -290,6 +301,17 @@ RECIPES: dict[str, Recipe] = {
             lr=2e-3,
             matrix_lr=0.02,
             minutes=0.7,
+        ),
+        DistilledVisualRecipe(
+            name="digits-distilled",
+            summary="a draft model that learnt from `digits` what it says: nine in ten accepted",
+            architecture=_DIGITS_DRAFT,
+            steps=1500,
+            batch_size=64,
+            lr=2e-3,
+            matrix_lr=0.02,
+            minutes=5,
+            teacher="digits",
         ),
         VisualRecipe(
             name="digits-tiny",

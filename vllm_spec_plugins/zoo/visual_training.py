@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .digits import Digits
@@ -22,6 +23,7 @@ def train_visual(
     dtype: torch.dtype,
     checkpoint: Path,
     on_step: OnStep | None = None,
+    teacher: Llama | None = None,
 ) -> Trained:
     """Train `recipe`, continuing from `checkpoint` where one is left.
 
@@ -35,6 +37,7 @@ def train_visual(
         dtype: What matrix products are done in; weights and sums stay float32.
         checkpoint: File rewritten every `recipe.checkpoint_every` steps.
         on_step: Told after each step, before its checkpoint.
+        teacher: Learn what this model says, at every code of the images; None: the codes.
     """
 
     def initialise(model: Llama) -> None:
@@ -42,6 +45,8 @@ def train_visual(
 
     def learn(model: Llama, step: int) -> float:
         texts = texts_of_step(digits, tokens, step, recipe)
+        if teacher is not None:
+            return divergence(model, teacher, texts, dtype)
         return cross_entropy(model, texts, dtype, learn=True)
 
     return run_training(recipe, initialise, learn, checkpoint, on_step)
@@ -72,3 +77,23 @@ def cross_entropy(model: Llama, texts: Tensor, dtype: torch.dtype, *, learn: boo
     if learn:
         loss.backward()
     return losses.mean().item()
+
+
+def divergence(model: Llama, teacher: Llama, texts: Tensor, dtype: torch.dtype) -> float:
+    """Mean Kullback-Leibler divergence of the teacher's laws, nats per token; leaves its gradient.
+
+    At the same places as `cross_entropy`. A draft model is accepted as far as its laws are the
+    target's; what the images say beyond that it need not know.
+    """
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            told = _log_laws(teacher, texts)
+        loss = F.kl_div(_log_laws(model, texts), told, reduction="batchmean", log_target=True)
+    loss.backward()
+    return loss.item()
+
+
+def _log_laws(model: Llama, texts: Tensor) -> Tensor:
+    """`[N, V]` float32 log-probabilities at codes and end."""
+    hidden = model(texts[:, :-1])[-1][:, 1:].flatten(0, 1)
+    return torch.log_softmax((hidden @ model.head.T).float(), dim=-1)
