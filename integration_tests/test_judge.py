@@ -88,7 +88,7 @@ def test_it_sees_the_states_calibration_computes(
         judge = adapter_of(llm).verifiers["judge"]
         judged = judge.judged
 
-        def watched(batch: Any) -> Any:
+        def watched(batch: Any, rows: Any = None) -> Any:
             history = batch.history
             for request, (row, known) in enumerate(
                 zip(history.rows, history.num_tokens, strict=True)
@@ -97,7 +97,7 @@ def test_it_sees_the_states_calibration_computes(
                 for place in (batch.request_of == request).nonzero().flatten().tolist():
                     context.append(int(batch.draft_token_ids[place]))
                     seen.append((tuple(context), batch.hidden_states[place].clone()))
-            return judged(batch)
+            return judged(batch, rows)
 
         judge.judged = watched
         generate(llm, prompts, temperature=temperature, seed=3, max_tokens=30)

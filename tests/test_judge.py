@@ -119,11 +119,10 @@ def write_head(model: Path, tmp_path: Path) -> Callable[..., str]:
 class SeesTokens(Judge):
     """The judge of a target whose hidden state at a token is its one-hot vector."""
 
-    def judged(self, batch: VerifyInput) -> Tensor:
+    def judged(self, batch: VerifyInput, rows: Tensor | None = None) -> Tensor:
         ids = batch.draft_token_ids.clamp(min=0)
-        return super().judged(
-            replace(batch, hidden_states=torch.nn.functional.one_hot(ids, V).float())
-        )
+        states = torch.nn.functional.one_hot(ids, V).float()
+        return super().judged(replace(batch, hidden_states=states), rows)
 
 
 @pytest.fixture

@@ -307,8 +307,7 @@ def test_requests_over_their_limit_are_exact_and_the_others_are_not_touched(make
     rule, free = make(max_total_variation=0.01), make()
     batch, _, _ = enumerated_input([problem, problem])
     half = len(batch.num_draft) // 2
-    rows = rule._spent.rows(batch.request_ids)
-    rule._spent.values[rows[:half]] = [5.0, 10.0]
+    rule._spent.update(dict.fromkeys(batch.request_ids[:half], (5.0, 10)))
     exact, relaxed = output_laws(rule, [problem, problem])
     assert float((exact - problem.laws_of_text(4)).abs().max()) <= TOLERANCE
     assert torch.equal(relaxed, output_laws(free, [problem])[0])

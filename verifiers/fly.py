@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.greedy_on_host import decide, lay_out, mismatches
 from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import (
@@ -34,7 +35,6 @@ from vllm_spec_plugins.verifier import (
     assemble,
     draw_next,
     exact_acceptance,
-    greedy_tokens,
     leading_run,
 )
 from vllm_spec_plugins.vocabulary_passes import largest_entries
@@ -93,15 +93,15 @@ class Fly(RelaxedRule):
         return exact + self._forgiveness(batch, exact)
 
     def verify(self, batch: VerifyInput) -> Verification:
+        if batch.span_maxima is not None:
+            verification = self._verify_greedy(batch)
+            self.pay(batch, verification)
+            return verification
         exact = exact_acceptance(batch)
         matches = exact > 0 if batch.all_greedy else batch.uniforms(Purpose.ACCEPT) < exact
         agrees = _of_tokens(batch, self._windows(batch, matches)[:, :, 1:].all(dim=2))
         # Behind a mismatch that disagreement follows nothing is looked at.
         reach = leading_run(batch, matches | agrees)
-        if batch.all_greedy and not (agrees & ~matches).any():
-            verification = Verification(greedy_tokens(batch, reach), reach, torch.zeros_like(exact))
-            self.pay(batch, verification)
-            return verification
         forgiveness = self._forgiveness(
             batch, exact, batch.index_in_draft <= reach[batch.request_of]
         )
@@ -114,6 +114,13 @@ class Fly(RelaxedRule):
         verification = assemble(batch, accepted, draw_next(batch, accepted, self.residual), extra)
         self.pay(batch, verification)
         return verification
+
+    def _verify_greedy(self, batch: VerifyInput) -> Verification:
+        """Greedy requests on the host."""
+        rows = mismatches(batch, self.exact_requests(batch), self.options.window_size)
+        count = min(self.options.entropy_top_k, batch.target_logits.shape[1])
+        stands = decide(batch, rows, "undecided", count, self.options.entropy_threshold)
+        return lay_out(batch, rows, stands)
 
     def accepted_law(self, batch: VerifyInput) -> Tensor:
         """Walks the draft with the probability of each number of window tokens still owed."""

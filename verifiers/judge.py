@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -30,6 +31,7 @@ from vllm_spec_plugins.judge_head import JudgeCard, JudgeHead
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
+from vllm_spec_plugins.vocabulary_passes import is_single, kernels
 
 from ..triton_kernels.relaxations import Judge as Verdicts  # noqa: TID252
 
@@ -67,6 +69,7 @@ class Judge(RelaxedRule):
         threshold = head.card.threshold if options.threshold is None else options.threshold
         # In log odds, where 0 and 1 are exactly "every" and "none".
         self._least_log_odds = _log_odds(threshold)
+        self._bias = np.float32(head.bias.item())
         never = [*head.never_judge.tolist(), *token_ids_of(options.never_judge, context.facts)]
         vocab_size = context.facts.vocab_size
         judges = torch.ones(vocab_size, dtype=torch.bool, device=context.device)
@@ -89,27 +92,42 @@ class Judge(RelaxedRule):
         assert isinstance(options, JudgeOptions)
         return keeps_no_budget(options) and not JudgeCard.read(options.head).tool_calls
 
-    def judged(self, batch: VerifyInput) -> Tensor:
-        """`[N]` bool, draft tokens the head lets stand."""
+    def judged(self, batch: VerifyInput, rows: Tensor | None = None) -> Tensor:
+        """`[N]` bool, draft tokens the head lets stand; `[M]` of some rows."""
         if not self._recognised:
             self._recognise_late()
-        ids = batch.draft_token_ids
-        if batch.hidden_states is None:  # warm-up
-            return torch.zeros_like(ids, dtype=torch.bool)
-        stands = self._head.log_odds(batch.hidden_states) >= self._least_log_odds
-        stands &= self._judges[ids.clamp(min=0)] & (ids >= 0)
+        stands = self._found_harmless(batch, rows)
         if batch.constrained is not None:
-            stands &= ~batch.constrained[batch.request_of]
+            stands &= ~_of_rows(batch.constrained[batch.request_of], rows)
         if self._tool_calls:
-            stands &= ~self._tool_calls.inside(batch)
+            stands &= ~_of_rows(self._tool_calls.inside(batch), rows)
         return stands
+
+    def _found_harmless(self, batch: VerifyInput, rows: Tensor | None) -> Tensor:
+        """The same, by the head and the tokens it has a say in."""
+        states, ids = batch.hidden_states, batch.draft_token_ids
+        if states is None:  # warm-up
+            return torch.zeros_like(_of_rows(ids, rows), dtype=torch.bool)
+        if is_single(states):
+            if rows is None:
+                rows = torch.arange(len(ids))
+            stands = torch.empty_like(rows, dtype=torch.bool)
+            least = np.float32(self._least_log_odds)
+            kernels().scores_at_least(
+                states.detach().numpy(), rows.numpy(), ids.numpy(), self._judges.numpy(),
+                self._head.weight.numpy(), self._bias, least, stands.numpy(),
+            )  # fmt: skip
+            return stands
+        stands = self._head.log_odds(_of_rows(states, rows)) >= self._least_log_odds
+        ids = _of_rows(ids, rows)
+        return stands & self._judges[ids.clamp(min=0)] & (ids >= 0)
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         exact = token_acceptance(batch)
         return torch.where(self.judged(batch), torch.ones_like(exact), exact)
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        return self.judged(batch)[rows]
+        return self.judged(batch, rows)
 
     def relaxation(self, batch: VerifyInput) -> tuple[None, Verdicts]:
         """The kernel accepts what is judged, and works out the exact rule itself."""
@@ -137,6 +155,10 @@ class Judge(RelaxedRule):
                 self._head.card.model,
                 self.options.head,
             )
+
+
+def _of_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values[rows]
 
 
 def recognise(head: JudgeHead, path: str, facts: ModelFacts) -> bool:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, read_neighbours
 from vllm_spec_plugins.errors import ConfigError, listed
+from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.image_token_range import chosen_image_tokens
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import (
@@ -195,6 +196,8 @@ class RelaxedVisual(RelaxedRule):
         Under clusters: if the most likely token is in its cluster. The other rules are defined
         for sampling alone: greedy requests match exactly.
         """
+        if batch.span_maxima is not None:
+            return self._decided_on_host(batch, rows)
         stands = torch.zeros_like(rows, dtype=torch.bool)
         inside = self._is_image(batch.draft_token_ids[rows]).nonzero().squeeze(1)
         image_rows = rows[inside]
@@ -202,26 +205,23 @@ class RelaxedVisual(RelaxedRule):
             return stands.index_copy(0, inside, self._clusters.greedy_acceptance(batch, image_rows))
         if self._neighbours is None:
             return stands
-        could = self._could_be_most(batch, image_rows)
-        rows = image_rows[could]
-        columns = torch.stack([batch.draft_token_ids[rows], batch.greedy_token_ids[rows]], dim=1)
-        own, best = target_entries(batch, rows, columns).T
-        wins = own + self._borrowed(batch, rows, own) >= best
-        return stands.index_copy(0, inside[could], wins)
+        both = torch.stack([batch.draft_token_ids, batch.greedy_token_ids], dim=1)[image_rows]
+        own, best = target_entries(batch, image_rows, both).T
+        wins = own + self._borrowed(batch, image_rows, own) >= best
+        return stands.index_copy(0, inside, wins)
 
-    def _could_be_most(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        """`[M]` bool: whether a code and all its neighbours, whatever the budget, have the most.
-
-        In units of the most likely token, so that no normaliser is needed.
-        """
-        logits, neighbours = batch.target_logits, self._neighbours_of(batch, rows)
-        best = logits[rows, batch.greedy_token_ids[rows]]
-        own = (logits[rows, batch.draft_token_ids[rows]] - best).exp()
-        lent = logits[rows.unsqueeze(1), neighbours.clamp(min=0)] - best.unsqueeze(1)
-        most = own + lent.exp_().masked_fill_(neighbours < 0, 0).sum(dim=1)
-        if self.options.rule == "lantern++":
-            most = torch.minimum(most, self._setting("factor") * own)
-        return most > 1 - 1e-4  # rounding is let pass
+    def _decided_on_host(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` bool, the same for single greedy steps on the CPU."""
+        if self._clusters is not None:
+            of_code = self._clusters.of_code.numpy()
+            return decide(batch, rows, "of_one_cluster", of_code, self._first)
+        if self._neighbours is None:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        of_its_own = self.options.rule == "lantern++"
+        budget = -1.0 if of_its_own else self._setting("budget")
+        factor = self._setting("factor") if of_its_own else 1.0
+        table = self._neighbours.numpy()
+        return decide(batch, rows, "wins_with_neighbours", table, self._first, budget, factor)
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         published = self._neighbours is not None and self.options.residual == "published"

@@ -16,6 +16,7 @@ import math
 from pydantic import Field
 from torch import Tensor
 
+from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 
@@ -51,6 +52,8 @@ class Threshold(RelaxedRule):
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         logits, least = batch.target_logits, self.options.min_log_probability
+        if batch.span_maxima is not None:
+            return decide(batch, rows, "likely_enough", least)
         own = logits[rows, batch.draft_token_ids[rows]]
         # The best token alone is a lower bound of the normaliser.
         stands = own >= logits[rows, batch.greedy_token_ids[rows]] + least

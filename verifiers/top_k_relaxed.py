@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
@@ -87,14 +88,21 @@ class TopKRelaxed(RelaxedRule):
         return accept.index_fill(0, best, 1.0)
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        return self._among_the_best(batch, rows)
+        if batch.span_maxima is None:
+            return self._among_the_best(batch, rows)
+        stands = decide(batch, rows, "among_the_best", self.options.k, self.options.delta)
+        return self._where_relaxed(batch, rows, stands)
 
     def _among_the_best(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M]` bool."""
         stands = among_the_best(batch, rows, self.options.k, self.options.delta)
-        if self._thinking is not None:
-            stands &= self._thinking.inside(batch)[rows]
-        return stands
+        return self._where_relaxed(batch, rows, stands)
+
+    def _where_relaxed(self, batch: VerifyInput, rows: Tensor, stands: Tensor) -> Tensor:
+        """`[M]` bool: between thinking tags."""
+        if self._thinking is None:
+            return stands
+        return stands & self._thinking.inside(batch)[rows]
 
     def finish(self, request_ids: Sequence[str]) -> None:
         super().finish(request_ids)

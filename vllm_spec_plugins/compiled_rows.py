@@ -2,115 +2,107 @@
 
 torch needs a call, and memory for a result as wide as the vocabulary, for each step of such a
 sum; between passes that flush the caches a call takes as long as a thousand entries. These need
-one call for all rows and no memory. numba compiles each on its first use and keeps the machine
-code on disk where it may. Called by `vocabulary_passes`, which has the same for other devices and
-number types.
-
-No fast-math flag that assumes finite numbers: logits are -inf where sampling options exclude a
-token. Sums may be reordered, so that they vectorise.
+one call for all rows and no memory. Called by `vocabulary_passes`, which has the same for other
+devices and number types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
 
+from .compiled_arithmetic import LEAST, LEAST_LOG, ZERO, compiled, exp, log, sum_of_exponentials
+
 #: Columns looked at together, to see whether any of them matters.
 _SPAN = 32
-#: exp of less is no normal float32; it counts as 0.
-_LEAST_LOG = np.float32(-87.0)
-_LEAST = np.float32(1.1754944e-38)
-_LOG2_E = np.float32(1.44269504)
-_LOG_2 = np.float32(0.69314718)
-_HALF = np.float32(0.5)
-_ONE = np.float32(1)
-_ZERO = np.float32(0)
-_FLAGS = {"reassoc", "contract", "nsz", "arcp"}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep it in
-        return numba.njit(**options)(function)
+#: Columns whose largest logit is kept, by `argmax_and_maxima`.
+MAXIMUM_OF = 128
+#: Their bits; those of what is no number are above.
+_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.uint32(0xFF800000)
 
 
 @numba.njit(inline="always")
-def _exp(x):
-    """exp of a float32 not above 0 but by rounding, to 3e-7 of it: a power of 2 and a series.
+def _largest(signed, unsigned, start, end):
+    """Bits of the largest of some float32 numbers, and whether they are all numbers.
 
-    numba calls the C library otherwise, for one number at a time.
+    Compared as integers, which vectorises where a comparison of numbers that may be none does not.
     """
-    n = np.int32(x * _LOG2_E - _HALF)
-    r = x - np.float32(n) * _LOG_2
-    y = np.float32(1.3981999507e-3)
-    y = y * r + np.float32(8.3334519073e-3)
-    y = y * r + np.float32(4.1665795894e-2)
-    y = y * r + np.float32(1.6666665459e-1)
-    y = y * r + _HALF
-    y = y * r * r + r + _ONE
-    return y * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
+    most, least, highest = np.int32(-(2**31)), np.uint32(2**32 - 1), np.uint32(0)
+    for column in range(start, end):
+        most = max(most, signed[column])
+        least = min(least, unsigned[column])
+        highest = max(highest, unsigned[column])
+    # Of numbers below 0 the largest has the smallest bits.
+    largest = most if most >= 0 else np.int32(least)
+    return largest, most <= _INFINITY and highest <= _MINUS_INFINITY
 
 
-@numba.njit(inline="always")
-def _log(x):
-    """log of a normal float32 above 0, to 1e-7: the exponent, and a series of the rest (Cephes)."""
-    bits = np.int32(np.float32(x).view(np.int32) - np.int32(0x3F3504F3))
-    exponent = np.int32(bits >> np.int32(23))
-    rest = np.int32((bits & np.int32(0x007FFFFF)) + np.int32(0x3F3504F3)).view(np.float32) - _ONE
-    y = np.float32(7.0376836292e-2)
-    y = y * rest + np.float32(-1.1514610310e-1)
-    y = y * rest + np.float32(1.1676998740e-1)
-    y = y * rest + np.float32(-1.2420140846e-1)
-    y = y * rest + np.float32(1.4249322787e-1)
-    y = y * rest + np.float32(-1.6668057665e-1)
-    y = y * rest + np.float32(2.0000714765e-1)
-    y = y * rest + np.float32(-2.4999993993e-1)
-    y = y * rest + np.float32(3.3333331174e-1)
-    square = rest * rest
-    return rest - _HALF * square + rest * square * y + np.float32(exponent) * _LOG_2
+@compiled
+def argmax_and_maxima(logits, ids, maxima):
+    """Column of each row's largest value, as numpy finds it, and the largest of each span.
+
+    Args:
+        logits: `[rows, V]`.
+        ids: `[rows]`. Filled.
+        maxima: `[rows, ceil(V / MAXIMUM_OF)]`. Filled.
+    """
+    signed, unsigned, bits = logits.view(np.int32), logits.view(np.uint32), maxima.view(np.int32)
+    width = logits.shape[1]
+    whole = width // MAXIMUM_OF
+    for i in range(len(logits)):
+        row, largest, numbers = logits[i], maxima[i], True
+        for span in range(whole):
+            start = span * MAXIMUM_OF
+            bits[i, span], good = _largest(signed[i], unsigned[i], start, start + MAXIMUM_OF)
+            numbers &= good
+        if whole < len(largest):
+            bits[i, whole], good = _largest(signed[i], unsigned[i], whole * MAXIMUM_OF, width)
+            numbers &= good
+        best = 0
+        for span in range(1, len(largest)):
+            if largest[span] > largest[best]:
+                best = span
+        ids[i] = 0
+        for column in range(best * MAXIMUM_OF if numbers else 0, width):
+            value = row[column]
+            if value != value or (numbers and value == largest[best]):
+                ids[i] = column
+                break
 
 
-@_compiled
+@compiled
 def exponential_sums(logits, rows, shifts, sums):
     """Sum of exp(l - shift) of some rows; no logit is above its row's shift."""
     for i in range(len(rows)):
-        row, shift, total = logits[rows[i]], shifts[i], _ZERO
-        for column in range(row.shape[0]):
-            total += _exp(max(row[column] - shift, _LEAST_LOG))
-        sums[i] = total
+        sums[i] = sum_of_exponentials(logits[rows[i]], shifts[i])
 
 
-@_compiled
+@compiled
 def entropies(logits, rows, log_normalisers, result):
     """Entropy of some rows' softmax, in nats."""
     for i in range(len(rows)):
-        row, shift, total = logits[rows[i]], log_normalisers[i], _ZERO
+        row, shift, total = logits[rows[i]], log_normalisers[i], ZERO
         for column in range(row.shape[0]):
-            log_p = max(row[column] - shift, _LEAST_LOG)
-            total -= _exp(log_p) * log_p
+            log_p = max(row[column] - shift, LEAST_LOG)
+            total -= exp(log_p) * log_p
         result[i] = total
 
 
-@_compiled
+@compiled
 def divergences(logits, law, rows, log_normalisers, result):
     """KL of some rows' softmax to the same rows of a law; infinite where that misses a token."""
     for i in range(len(rows)):
         row, q, shift = logits[rows[i]], law[rows[i]], log_normalisers[i]
-        total = missed = _ZERO
+        total = missed = ZERO
         for column in range(row.shape[0]):
-            log_p = max(row[column] - shift, _LEAST_LOG)
-            p = _exp(log_p)
-            total += p * (log_p - _log(max(q[column], _LEAST)))
-            missed += _ZERO if q[column] > _ZERO or log_p <= _LEAST_LOG else p
-        result[i] = np.inf if missed > _ZERO else total
+            log_p = max(row[column] - shift, LEAST_LOG)
+            p = exp(log_p)
+            total += p * (log_p - log(max(q[column], LEAST)))
+            missed += ZERO if q[column] > ZERO or log_p <= LEAST_LOG else p
+        result[i] = np.inf if missed > ZERO else total
 
 
-@_compiled
+@compiled
 def counts_above(logits, rows, values, counts):
     """How many logits of some rows are above one value each."""
     for i in range(len(rows)):
@@ -120,7 +112,7 @@ def counts_above(logits, rows, values, counts):
         counts[i] = count
 
 
-@_compiled
+@compiled
 def largest_entries(logits, rows, best):
     """The largest logits of some rows, falling: as many as `best`, `[M, k]`, is wide."""
     last = best.shape[1] - 1
@@ -142,7 +134,7 @@ def largest_entries(logits, rows, best):
                     kept[place] = value
 
 
-@_compiled
+@compiled
 def closest_columns(values, rows, own, first, end, above, below):
     """Columns of some rows whose values are nearest to one column's, nearest first; -1: none.
 
@@ -190,7 +182,7 @@ def closest_columns(values, rows, own, first, end, above, below):
                     higher[place], above[i, place] = value, first + start + column
 
 
-@_compiled
+@compiled
 def keep_share_of_clusters(weights, p, first, cluster_of, num_clusters):
     """`[p - q]+` with each cluster's share: r of `code_clusters`, in place of p - q.
 
@@ -207,13 +199,38 @@ def keep_share_of_clusters(weights, p, first, cluster_of, num_clusters):
         row, law = weights[i], p[i]
         up[:], left[:] = 0, 0
         for code in range(len(cluster_of)):
-            if law[first + code] > _ZERO:
+            if law[first + code] > ZERO:
                 gap, cluster = row[first + code], cluster_of[code]
                 left[cluster] += gap
-                up[cluster] += max(gap, _ZERO)
+                up[cluster] += max(gap, ZERO)
         for cluster in range(num_clusters):
-            left[cluster] = max(left[cluster], _ZERO) / max(up[cluster], _LEAST)
+            left[cluster] = max(left[cluster], ZERO) / max(up[cluster], LEAST)
         for column in range(row.shape[0]):
-            row[column] = max(row[column], _ZERO)
+            row[column] = max(row[column], ZERO)
         for code in range(len(cluster_of)):
             row[first + code] *= left[cluster_of[code]]
+
+
+@compiled
+def scores_at_least(states, rows, token_ids, counts, weight, bias, least, stands):
+    """Whether a linear score of some rows reaches a bar, of tokens that count.
+
+    A row's score does not depend on which others are asked for.
+
+    Args:
+        states: `[N, H]`.
+        rows: `[M]`.
+        token_ids: `[N]`; -1: no token.
+        counts: `[V]` bool.
+        weight: `[H]`.
+        bias: Number.
+        least: The bar.
+        stands: `[M]` bool. Filled.
+    """
+    for i in range(len(rows)):
+        state, token, score = states[rows[i]], token_ids[rows[i]], bias
+        stands[i] = token >= 0 and counts[token]
+        if stands[i]:
+            for column in range(len(weight)):
+                score += state[column] * weight[column]
+            stands[i] = score >= least

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from .greedy_on_host import lay_out, mismatches
 from .nobodys_step import nobodys_step
-from .request_table import RequestTable
 from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
     GivenAcceptance,
     Judge,
@@ -37,7 +35,6 @@ from .verifier import (
     greedy_matches,
     token_acceptance,
 )
-from .vocabulary_passes import first_argmax, is_numpy
 
 if TYPE_CHECKING:
     from .context import EngineContext
@@ -80,7 +77,7 @@ class RelaxedRule(AcceptanceRule):
         super().__init__(options, context)
         self._max_total_variation = options.max_total_variation
         #: Of each request with a limit: price paid, draft tokens looked at.
-        self._spent = RequestTable((0.0, 0.0), capacity=16)
+        self._spent: dict[str, tuple[float, int]] = {}
 
     @abstractmethod
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
@@ -92,7 +89,8 @@ class RelaxedRule(AcceptanceRule):
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M]` bool for rows of greedy requests: accepted though not the most likely token.
 
-        Asked about such tokens only.
+        Asked about such tokens only; rows rise. Behind a row that is refused, those of the same
+        request do not matter, and may be refused unseen.
         """
         del batch
         return torch.zeros_like(rows, dtype=torch.bool)
@@ -110,12 +108,9 @@ class RelaxedRule(AcceptanceRule):
         limit = self._max_total_variation
         if limit is None:
             return None
-        rows = self._spent.rows(batch.request_ids)  # new requests have paid nothing
-        price, looked_at = self._spent.values[rows].T
-        exact = price >= limit * looked_at
-        if limit > 0:
-            exact &= looked_at > 0
-        return torch.from_numpy(exact).to(batch.num_draft.device) if exact.any() else None
+        spent = [self._spent.get(request_id, (0.0, 0)) for request_id in batch.request_ids]
+        exact = [paid >= limit * count and (count > 0 or limit == 0) for paid, count in spent]
+        return torch.tensor(exact, device=batch.num_draft.device) if any(exact) else None
 
     # What the base class asks for.
 
@@ -165,7 +160,7 @@ class RelaxedRule(AcceptanceRule):
         if self.draws_exact_residual and can_verify_fused(batch):
             relaxation, judge = self.relaxation(batch)
             verification = verify_fused(batch, relaxation=relaxation, judge=judge)
-        elif self._asks_of_rows(batch):
+        elif self._is_asked_of_mismatches and batch.span_maxima is not None:
             verification = self._verify_greedy(batch)
         else:
             verification = super().verify(batch)
@@ -173,64 +168,11 @@ class RelaxedRule(AcceptanceRule):
         return verification
 
     def _verify_greedy(self, batch: VerifyInput) -> Verification:
-        """Greedy requests on the host: the rule is asked about mismatches that are reached.
-
-        In lists: a walk over the step's draft tokens takes less than a few calls on tensors.
-        """
-        drafted, own = batch.draft_token_ids.tolist(), batch.greedy_token_ids.tolist()
-        lengths, bonus = batch.num_draft.tolist(), first_argmax(batch.bonus_logits).tolist()
-        ends = list(accumulate(lengths))
-        mismatches = [
-            [row for row in range(end - length, end) if drafted[row] != own[row]]
-            for length, end in zip(lengths, ends, strict=True)
-        ]
-        passed = self._let_pass(batch, [rows[0] for rows in mismatches if rows])
-        if passed:
-            # All that follow at once: one by one would take longer than what it saves.
-            goes_on = (rows for rows in mismatches if rows and rows[0] in passed)
-            passed |= self._let_pass(batch, [row for rows in goes_on for row in rows[1:]])
-        tokens, accepted, extra = [], [], [0.0] * len(drafted)
-        for request, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-            rows = mismatches[request]
-            last = next((row for row in rows if row not in passed), end)
-            for row in rows:
-                extra[row] = float(row < last)
-            accepted.append(last - (end - length))
-            drawn = bonus[request] if last == end else own[last]
-            rest = [-1] * (batch.max_num_draft - accepted[-1])
-            tokens.append([*drafted[end - length : last], drawn, *rest])
-        table = torch.tensor(tokens, dtype=torch.int64)
-        return Verification(
-            table.view(len(lengths), batch.max_num_draft + 1),
-            torch.tensor(accepted, dtype=torch.int64),
-            torch.tensor(extra, dtype=batch.target_logits.dtype),
-        )
-
-    def _let_pass(self, batch: VerifyInput, rows: list[int]) -> set[int]:
-        """Those of some rows of greedy requests, all mismatches, that the rule accepts."""
-        if not rows:
-            return set()
-        asked = torch.tensor(rows)
-        drafted = batch.draft_token_ids[asked]
-        logits = batch.target_logits[asked, drafted.clamp(min=0)]
-        open_ = (drafted >= 0) & (logits > -torch.inf)
-        exact = self.exact_requests(batch)
-        if exact is not None:
-            open_ &= ~exact[batch.request_of[asked]]
-        asked = asked[open_]
-        if not len(asked):
-            return set()
-        return set(asked[self.relaxed_greedy_acceptance(batch, asked)].tolist())
-
-    def _asks_of_rows(self, batch: VerifyInput) -> bool:
-        """Whether `_verify_greedy` does it."""
-        kind = type(self)
-        return (
-            batch.all_greedy
-            and not self._matches_exactly
-            and kind.greedy_acceptance is RelaxedRule.greedy_acceptance
-            and is_numpy(batch.target_logits)
-        )
+        """Greedy requests on the host."""
+        rows = mismatches(batch, self.exact_requests(batch))
+        if not len(rows):
+            return lay_out(batch, rows, torch.empty(0, dtype=torch.bool))
+        return lay_out(batch, rows, self.relaxed_greedy_acceptance(batch, rows))
 
     @property
     def draws_exact_residual(self) -> bool:
@@ -261,16 +203,27 @@ class RelaxedRule(AcceptanceRule):
         """Add a step to what its requests have spent. For rules that override `verify`."""
         if self._max_total_variation is None or verification.extra_acceptance is None:
             return
-        looked_at = batch.index_in_draft <= verification.accepted[batch.request_of]
-        looked_at &= batch.draft_token_ids >= 0
-        step = torch.stack([verification.extra_acceptance.double(), looked_at.double()], dim=1)
-        of_request = step.new_zeros(len(batch.num_draft), 2)
-        of_request.index_add_(0, batch.request_of, step)
-        rows = self._spent.rows(batch.request_ids)
-        np.add.at(self._spent.values, rows, of_request.cpu().numpy())
+        # In lists: a few numbers of each request take less than a few calls on arrays.
+        ids, extra = batch.draft_token_ids.tolist(), verification.extra_acceptance.tolist()
+        lengths, accepted = batch.num_draft.tolist(), verification.accepted.tolist()
+        start = 0
+        for request_id, length, stand in zip(batch.request_ids, lengths, accepted, strict=True):
+            paid, looked_at = self._spent.get(request_id, (0.0, 0))
+            # All that stand were looked at, and the token that does not, if it is one.
+            refused = stand < length and ids[start + stand] >= 0
+            paid += sum(extra[start : start + length])
+            self._spent[request_id] = (paid, looked_at + stand + refused)
+            start += length
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        self._spent.forget(request_ids)
+        for request_id in request_ids:
+            self._spent.pop(request_id, None)
+
+    @property
+    def _is_asked_of_mismatches(self) -> bool:
+        kind = type(self)
+        inherits = kind.greedy_acceptance is RelaxedRule.greedy_acceptance
+        return inherits and not self._matches_exactly
 
     @property
     def _matches_exactly(self) -> bool:

@@ -23,7 +23,9 @@ from torch import Tensor
 from .options import PluginOptions
 from .random_numbers import Purpose, uniforms
 from .vocabulary_passes import (
+    argmax_and_maxima,
     first_argmax,
+    is_single,
     log_normaliser,
     log_normaliser_from,
     log_normaliser_of_rows,
@@ -175,6 +177,19 @@ class VerifyInput:
             self.target_logits.index_select(0, self.greedy_rows)
         )
         return token_ids
+
+    @cached_property
+    def span_maxima(self) -> Tensor | None:
+        """`[N, spans]` largest target logits of spans of columns; `argmax_and_maxima` has more.
+
+        None where not all requests are greedy, or the logits are not float32 on the CPU. Asked for
+        first, it gives `greedy_token_ids` for the same pass.
+        """
+        if not self.all_greedy or not is_single(self.target_logits):
+            return None
+        token_ids, maxima = argmax_and_maxima(self.target_logits)
+        self.__dict__.setdefault("greedy_token_ids", token_ids)
+        return maxima
 
     @cached_property
     def allowed(self) -> Tensor:

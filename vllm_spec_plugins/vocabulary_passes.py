@@ -264,6 +264,19 @@ def first_argmax(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
 
 
+def argmax_and_maxima(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`first_argmax` of rows that are `is_single`, and the largest of each span of columns.
+
+    Returns:
+        `[rows]` int64, and `[rows, spans]` float32; `compiled_rows.MAXIMUM_OF` columns are a span.
+    """
+    rows, width = logits.shape
+    ids = torch.empty(rows, dtype=torch.int64)
+    maxima = torch.empty(rows, -(-width // kernels().MAXIMUM_OF))
+    kernels().argmax_and_maxima(logits.detach().numpy(), ids.numpy(), maxima.numpy())
+    return ids, maxima
+
+
 def rows_apart(tensor: Tensor) -> bool:
     """Whether rows of `[rows, V]` are best worked on one by one: wide ones, on the CPU."""
     return is_numpy(tensor) and tensor.shape[1] >= _WIDE
@@ -271,7 +284,13 @@ def rows_apart(tensor: Tensor) -> bool:
 
 def is_compiled(tensor: Tensor) -> bool:
     """Whether `compiled_rows` takes it: wide rows of float32 on the CPU."""
-    return rows_apart(tensor) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return rows_apart(tensor) and is_single(tensor)
+
+
+def is_single(tensor: Tensor) -> bool:
+    """Whether it is contiguous float32 on the CPU."""
+    on_cpu = tensor.device.type == "cpu"
+    return on_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 @cache

@@ -40,8 +40,9 @@ class EveryThird(Judge):
     def __init__(self, options: RelaxedOptions) -> None:
         RelaxedRule.__init__(self, options, CONTEXT)
 
-    def judged(self, batch: VerifyInput) -> Tensor:
-        return (batch.draft_token_ids % 3 == 0) & (batch.draft_token_ids >= 0)
+    def judged(self, batch: VerifyInput, rows: Tensor | None = None) -> Tensor:
+        stands = (batch.draft_token_ids % 3 == 0) & (batch.draft_token_ids >= 0)
+        return stands if rows is None else stands[rows]
 
 
 def visual(path: Path, rule: str, **options: Any) -> RelaxedVisual:
