@@ -44,10 +44,10 @@ def points(rows: Sequence[Row], kind: str) -> list[tuple[Row, dict[str, list[flo
     """
     chosen = [row for row in rows if row["kind"] == kind]
     most = max((row["images"] for row in chosen), default=0)
-    grouped: defaultdict[tuple[str, int], list[Row]] = defaultdict(list)
+    grouped: defaultdict[tuple[str, int, str], list[Row]] = defaultdict(list)
     for row in chosen:
         if row["images"] == most:
-            grouped[row["key"], row["num_draft"]].append(row)
+            grouped[row["key"], row["num_draft"], drafted_by(row)].append(row)
     numbers = (
         "acceptance_length", "price", "accuracy", "frechet_distance",
         "distance", "acceptance", "extra_acceptance",
@@ -56,6 +56,16 @@ def points(rows: Sequence[Row], kind: str) -> list[tuple[Row, dict[str, list[flo
         (group[0], {name: [row[name] for row in group if name in row] for name in numbers})
         for group in grouped.values()
     ]
+
+
+def drafted_by(row: Row) -> str:
+    """Rows from before there were two draft models do not name theirs."""
+    return row.get("draft", "digits-draft")
+
+
+def way(row: Row) -> tuple[str, int]:
+    """What lossless verification is compared at: the draft model, and tokens of a draft."""
+    return drafted_by(row), row["num_draft"]
 
 
 def curve(axes: Axes, found: list[Any], x: str, y: str, temperature: float) -> None:
@@ -101,14 +111,14 @@ def gains(axes: Axes, found: list[Any]) -> None:
         if row["name"] == "lossless" and 0.9 <= row["temperature"] < 1
     ]
     lossless = {
-        row["num_draft"]: mean(values["acceptance_length"])
+        way(row): mean(values["acceptance_length"])
         for row, values in ours
         if row["name"] == "lossless"
     }
     named: set[str] = set()
-    for (count, bound), marker in zip(sorted(lossless.items()), "o^sv", strict=False):
+    for (drafted, bound), marker in zip(sorted(lossless.items()), "P*o^sv", strict=False):
         for name, colour in COLOURS.items():
-            mine = [v for row, v in ours if row["name"] == name and row["num_draft"] == count]
+            mine = [v for row, v in ours if row["name"] == name and way(row) == drafted]
             if mine:
                 axes.errorbar(
                     [mean(v["frechet_distance"]) for v in mine],
@@ -122,9 +132,9 @@ def gains(axes: Axes, found: list[Any]) -> None:
                     label=None if name in named else name,
                 )
                 named.add(name)
-        axes.plot([], [], marker, color="#202124", label=f"drafts of {count}")
+        axes.plot([], [], marker, color="#202124", label="{}, drafts of {}".format(*drafted))
         for row, values in cooler:
-            if row["num_draft"] == count:
+            if way(row) == drafted:
                 at = mean(values["frechet_distance"]), mean(values["acceptance_length"]) / bound
                 axes.plot(*at, marker, color=COLOURS["lossless"], markersize=5, fillstyle="none")
                 axes.annotate(
@@ -154,7 +164,7 @@ def main(
     simulated = [
         point
         for point in every_length
-        if point[0]["num_draft"] == shortest and point[0]["name"] != "plain"
+        if way(point[0]) == ("digits-draft", shortest) and point[0]["name"] != "plain"
     ]
     figure = Figure(figsize=(13, 8.2), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 3).flatten()

@@ -15,6 +15,7 @@ engine's price includes draft tokens past the end of an image.
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --seeds 0,1,2
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --num-draft 8
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --num-draft 16
+    OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --num-draft 16 --draft digits-distilled
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --law
     OMP_NUM_THREADS=1 python benchmarks/relaxed_visual.py --engine --images 500
     python benchmarks/plot_relaxed_visual.py
@@ -44,6 +45,8 @@ from vllm_spec_plugins.zoo.image_tokens import NUM_CODES, prompts_of
 
 RESULTS = Path(__file__).parent / "results" / "relaxed_visual.jsonl"
 NEIGHBOURS = 64
+#: The draft model, unless another is named.
+DRAFT = "digits-draft"
 #: Tokens of the drafts that every rule and setting is swept at.
 SWEPT_DRAFTS = 4
 #: Contexts on which laws are enumerated.
@@ -150,13 +153,15 @@ def done_before(path: Path) -> set[str]:
 
 
 def _identity(row: dict[str, Any]) -> str:
-    return json.dumps([row["kind"], row["key"], row["num_draft"], row["seed"], row["images"]])
+    names = ("kind", "key", "num_draft", "seed", "images")
+    return json.dumps([row[name] for name in names] + [row.get("draft", DRAFT)])
 
 
 def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     images: Annotated[int, typer.Option(min=10, help="Of each seed and setting.")] = 4000,
     num_draft: Annotated[int, typer.Option(min=1, help="Tokens of a draft.")] = SWEPT_DRAFTS,
+    draft: Annotated[str, typer.Option(help="Model of the zoo.")] = DRAFT,
     only: Annotated[str, typer.Option(help="Curves, comma-separated; default all.")] = "",
     residual: Annotated[str, typer.Option(help="ours, published or both.")] = "both",
     temperature: Annotated[float | None, typer.Option(help="Only settings of this one.")] = None,
@@ -184,6 +189,7 @@ def main(
                 "kind": kind,
                 "key": setting.key,
                 "num_draft": num_draft,
+                "draft": draft,
                 "seed": seed,
                 "images": count,
             }
@@ -207,13 +213,13 @@ def main(
             for setting in chosen:
                 write(
                     setting, "engine", 0, images,
-                    lambda s=setting: _engine(s, table, images, num_draft, digit_images),
+                    lambda s=setting: _engine(s, table, images, draft, num_draft, digit_images),
                 )  # fmt: skip
             return
-        target, draft = models()
+        target, draft_model = models(draft)
         if law:
             labels = torch.arange(CONTEXTS) % 10
-            written = simulate(None, target, draft, labels, num_draft, 1.0, 1234).token_ids
+            written = simulate(None, target, draft_model, labels, num_draft, 1.0, 1234).token_ids
             texts = torch.cat([prompts_of(labels), written], dim=1)
             for setting in chosen:
                 if setting.name == "plain":
@@ -222,7 +228,7 @@ def main(
                 write(
                     setting, "law", 0, CONTEXTS,
                     lambda v=verifier, s=setting: exact_distance(
-                        v, target, draft, texts, s.temperature
+                        v, target, draft_model, texts, s.temperature
                     ),
                 )  # fmt: skip
             return
@@ -231,7 +237,7 @@ def main(
                 write(
                     setting, "simulation", seed, images,
                     lambda s=setting, seed=seed: _simulation(
-                        s, table, images, num_draft, seed, digit_images, target, draft
+                        s, table, images, num_draft, seed, digit_images, target, draft_model
                     ),
                 )  # fmt: skip
 
@@ -260,7 +266,12 @@ def _simulation(
 
 
 def _engine(
-    setting: Setting, table: Path, images: int, num_draft: int, digit_images: DigitImages
+    setting: Setting,
+    table: Path,
+    images: int,
+    draft: str,
+    num_draft: int,
+    digit_images: DigitImages,
 ) -> dict[str, float]:
     from vllm_spec_plugins.cli.visual_demonstration import Way, generate
 
@@ -272,7 +283,7 @@ def _engine(
         if "num_neighbours" in setting.options:
             verifier["neighbours"] = str(table)
     way = Way(setting.key, verifier, setting.temperature)
-    generated = generate(way, images, num_draft, seed=0)
+    generated = generate(way, images, num_draft, seed=0, draft=draft)
     decoded = digit_images.tokens.decode(generated.token_ids)
     return {
         "acceptance_length": generated.acceptance_length,

@@ -108,10 +108,10 @@ class Simulated:
         return self.price / self.looked_at if self.looked_at else 0.0
 
 
-def models() -> tuple[Llama, Llama]:
-    """Target and draft model."""
+def models(draft: str) -> tuple[Llama, Llama]:
+    """Target, and the draft model of that name."""
     loaded = []
-    for name in ("digits", "digits-draft"):
+    for name in ("digits", draft):
         model = load_model(zoo.recipe(name).architecture, zoo.ensure(name))
         loaded.append(model.requires_grad_(False))
     return loaded[0], loaded[1]

@@ -177,7 +177,7 @@ def with_table(way: Way, table: Path) -> Way:
     return Way(way.name, verifier, way.temperature)
 
 
-def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
+def generate(way: Way, images: int, num_draft: int, seed: int, draft: str = DRAFT) -> Generated:
     """Generate images of the digits 0 to 9 in turn, by vLLM.
 
     Args:
@@ -185,6 +185,7 @@ def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
         images: How many.
         num_draft: Tokens of a draft.
         seed: Of the engine.
+        draft: The draft model, of the zoo.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -199,7 +200,7 @@ def generate(way: Way, images: int, num_draft: int, seed: int) -> Generated:
     if way.verifier is not None:
         speculative = {
             "method": "draft_model",
-            "model": str(zoo.ensure(DRAFT)),
+            "model": str(zoo.ensure(draft)),
             "num_speculative_tokens": num_draft,
             "draft_sample_method": "probabilistic",
             "verifier": dict(way.verifier),
