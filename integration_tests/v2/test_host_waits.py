@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,18 @@ def waits_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         counting = False
 
 
-def waits_of_a_step(llm: Any, monkeypatch: pytest.MonkeyPatch, **sampling: Any) -> Counter[str]:
-    """Of one step in which every request's draft is verified and the next one drawn."""
+def waits_of_a_step(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, temperature: float | Sequence[float]
+) -> Counter[str]:
+    """Of one step in which every request's draft is verified and the next one drawn.
+
+    Three requests, all of one temperature or each of its own.
+    """
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=30, ignore_eos=True, detokenize=False, **sampling)
-    for i in range(3):
+    each = temperature if isinstance(temperature, Sequence) else [temperature] * 3
+    for i, own in enumerate(each):
+        params = SamplingParams(temperature=own, max_tokens=30, ignore_eos=True, detokenize=False)
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": [*PROMPT, 7 + i]}, params)
     for _ in range(3):  # a prompt, a first draft, a step like all that follow
         llm.llm_engine.step()
@@ -142,7 +148,7 @@ def test_a_draft_of_the_host_waits_for_what_was_emitted_only(
     ("config", "temperature"),
     [
         ({**ON_DEVICE, "draws": True}, 1.0),
-        (EARLY_EXIT, 1.0),
+        (EARLY_EXIT, (0.0, 1.0, 0.7)),
         pytest.param(EARLY_EXIT, 0.0, marks=pytest.mark.slow),
         pytest.param({**EARLY_EXIT, "verifier": BLOCK}, 1.0, marks=pytest.mark.slow),
         pytest.param(ON_DEVICE, 0.0, marks=pytest.mark.slow),
@@ -157,7 +163,10 @@ def test_a_draft_of_the_host_waits_for_what_was_emitted_only(
 )
 @pytest.mark.usefixtures("acme_methods", "asynchronous")
 def test_nothing_waits_under_asynchronous_scheduling(
-    config: dict[str, Any], temperature: float, serve_v2: Any, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any],
+    temperature: float | tuple[float, ...],
+    serve_v2: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with serve_v2(config) as llm:
         assert not waits_of_a_step(llm, monkeypatch, temperature=temperature)

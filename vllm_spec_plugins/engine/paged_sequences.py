@@ -23,12 +23,14 @@ from vllm.forward_context import (
     set_forward_context,
 )
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_spec_plugins.transfers import to_device
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+#: Slot of tokens whose keys and values vLLM's kernels do not write; its padding.
+_NOWHERE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,4 +212,4 @@ def _slots(
     else:
         block = pages.block_table[owner, torch.div(positions, size, rounding_mode="floor")]
         slots = block.long() * size + positions % size
-    return slots if ends is None else slots.masked_fill_(positions >= ends[owner], PAD_SLOT_ID)
+    return slots if ends is None else slots.masked_fill_(positions >= ends[owner], _NOWHERE)
