@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from vllm_spec_plugins.errors import SpecPluginsError, listed
+from vllm_spec_plugins.proposer import Proposer
 from vllm_spec_plugins.registry import Kind, Registry, installed
 
 from .install import shield_llvmlite
@@ -214,29 +215,35 @@ def model_runner(on_cpu: bool) -> Iterator[Finding]:
 def scheduling() -> Iterator[Finding]:
     """Where the next step is planned before the last one is verified."""
     plugins = installed()
-    device = {Kind.PROPOSER: "drafts_on_device", Kind.VERIFIER: "verifies_on_device"}
-    able = {
-        kind: [name for name in plugins.names(kind) if _with_defaults(plugins, kind, name, asks)]
-        for kind, asks in device.items()
-    }
-    drafting = able[Kind.PROPOSER]
-    by = f" (by a method of vLLM's own, or by {listed(drafting)})" if drafting else ""
+    drafting = [name for name in plugins.names(Kind.PROPOSER) if _drafts_on_device(plugins, name)]
+    verifying = [
+        name for name in plugins.names(Kind.VERIFIER) if _verifies_on_device(plugins, name)
+    ]
+    by = f", or, with options that allow it, by {listed(drafting)}" if drafting else ""
     yield Finding(
         "asynchronous scheduling",
         "note",
-        f"kept on model runner V2 where the draft is made on the device{by}, verified there "
-        "(by default options: "
-        f"{listed(able[Kind.VERIFIER])}), and no length_control is set. Everything else, and V1, "
-        "needs each step's tokens on the host before it plans the next; the log says at start "
-        "which option does",
+        f"kept on model runner V2 where the draft is made on the device (by a method of vLLM's "
+        f"own{by}), verified there (by default options: {listed(verifying)}), and no "
+        "length_control is set. Everything else, and V1, needs each step's tokens on the host "
+        "before it plans the next; the log says at start which option does",
     )
 
 
-def _with_defaults(plugins: Registry, kind: Kind, name: str, asks: str) -> bool:
-    """What a plugin answers with its default options; False where it has none or is broken."""
+def _drafts_on_device(plugins: Registry, name: str) -> bool:
+    """Whether a proposer can with some options; False where it is broken."""
     try:
-        plugin = plugins.load(kind, name)
-        return bool(getattr(plugin, asks)(plugin.Options()))
+        plugin = plugins.load(Kind.PROPOSER, name)
+    except SpecPluginsError:
+        return False
+    return plugin.drafts_on_device.__func__ is not Proposer.drafts_on_device.__func__
+
+
+def _verifies_on_device(plugins: Registry, name: str) -> bool:
+    """Whether a verifier does with its default options; False where it has none or is broken."""
+    try:
+        plugin = plugins.load(Kind.VERIFIER, name)
+        return bool(plugin.verifies_on_device(plugin.Options()))
     except (SpecPluginsError, ValidationError):
         return False
 
