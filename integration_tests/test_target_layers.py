@@ -344,6 +344,27 @@ def test_without_the_reservation_they_would_not_be(
     assert stray > 0
 
 
+@pytest.mark.parametrize("look_up", ["_slots_on_host", "_slots_on_device"])
+def test_slots(look_up: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the GPU looks them up and as the CPU does, of one step, several, and whole passes."""
+    import torch
+
+    from vllm_spec_plugins.engine import paged_sequences
+
+    monkeypatch.setattr(paged_sequences, "_slots_on_host", getattr(paged_sequences, look_up))
+    table = torch.tensor([[7, 2, 9], [4, 5, 0]], dtype=torch.int32)
+    pages = paged_sequences.Pages(None, 16, table)
+    at, ends = torch.tensor([20, 15]), torch.tensor([22, 15])
+    steps = at + torch.arange(3).unsqueeze(1)
+    slots = paged_sequences._slots
+    assert slots(pages, at, None).tolist() == [36, 79]
+    assert slots(pages, at, None, ends).tolist() == [36, -1]
+    assert slots(pages, steps, None, ends).tolist() == [[36, -1], [37, -1], [-1, -1]]
+    owner, positions = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([20, 21, 22, 14, 15])
+    assert slots(pages, positions, owner).tolist() == [36, 37, 38, 78, 79]
+    assert slots(pages, positions, owner, ends).tolist() == [36, 37, -1, 78, -1]
+
+
 # Refusals.
 
 

@@ -249,6 +249,8 @@ def test_a_failing_proposer_costs_no_request(
         ({"method": "acme_on_device", "verifier": BLOCK}, []),
         ({"method": "acme_on_device", "verifier": "typical"}, []),
         ({"method": "ngram_adaptive"}, ['method "ngram_adaptive" with these options']),
+        ({"method": "early_exit", "exit_layer": 2}, []),
+        ({"method": "early_exit"}, ['method "early_exit" with these options']),
         (
             {"method": "acme_on_device", "length_control": "additive"},
             ['length_control "additive"'],

@@ -207,6 +207,61 @@ def test_prefixes_found_in_the_cache_are_what_was_computed(
 
 
 @pytest.fixture
+def stray_drafts(serve_v2: Any, generate: Any, adapter_of: Any) -> Callable[[], tuple[int, int]]:
+    """`stray_drafts()`: drafted positions, and those beyond the blocks of their own request."""
+
+    def stray_drafts() -> tuple[int, int]:
+        counts = [0, 0]
+        with serve_v2(EARLY_EXIT, block_size=32) as llm:
+            assert is_asynchronous(llm)
+            adapter = adapter_of(llm)
+            proposer, tables = adapter.proposer, adapter.runner.block_tables
+            propose_on_device = proposer.propose_on_device
+
+            def watched(batch: Any) -> Any:
+                [size], [held] = tables.block_sizes, tables.num_blocks.np
+                last = (batch.num_tokens + batch.max_draft - 2).numpy()
+                drafts = batch.max_draft.numpy() > 0
+                counts[0] += int(drafts.sum())
+                counts[1] += int((drafts & (last // size >= held[batch.rows])).sum())
+                return propose_on_device(batch)
+
+            proposer.propose_on_device = watched
+            prompts = [
+                {"prompt_token_ids": [(i * k * k + 5 * k) % 13 + 3 for k in range(20 + i)]}
+                for i in range(4)
+            ]
+            generate(llm, prompts, max_tokens=16)
+        return counts[0], counts[1]
+
+    return stray_drafts
+
+
+@pytest.mark.slow
+def test_drafts_are_written_to_their_own_requests_blocks(
+    stray_drafts: Callable[[], tuple[int, int]],
+) -> None:
+    drafted, stray = stray_drafts()
+    assert drafted > 15
+    assert stray == 0
+
+
+@pytest.mark.slow
+def test_without_the_reservation_they_would_not_be(
+    stray_drafts: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control."""
+    from vllm.config.vllm import VllmConfig
+
+    from vllm_spec_plugins.engine.install import install_engine_seams
+
+    install_engine_seams()  # what was wrapped is not wrapped again
+    monkeypatch.setattr(VllmConfig, "num_lookahead_tokens", 0)
+    _, stray = stray_drafts()
+    assert stray > 0
+
+
+@pytest.fixture
 def drafts_of_an_adapter(
     serve_v2: Any, generate: Any, adapter_of: Any, exiting_model: Path, exit_adapter: str
 ) -> Callable[..., dict[tuple[int, ...], list[int]]]:

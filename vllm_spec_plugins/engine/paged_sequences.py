@@ -204,12 +204,19 @@ def _slots(
     """
     if owner is None:
         owner = _counted(positions.shape[-1], positions.device)
-    size = pages.block_size
-    if positions.device.type == "cpu":  # where numpy's small operations cost a third of torch's
-        where = positions.numpy()
-        block = pages.block_table.numpy()[owner.numpy(), where // size]
-        slots = torch.from_numpy(block.astype(np.int64) * size + where % size)
-    else:
-        block = pages.block_table[owner, torch.div(positions, size, rounding_mode="floor")]
-        slots = block.long() * size + positions % size
+    look_up = _slots_on_host if positions.device.type == "cpu" else _slots_on_device
+    slots = look_up(pages, positions, owner)
     return slots if ends is None else slots.masked_fill_(positions >= ends[owner], _NOWHERE)
+
+
+def _slots_on_host(pages: Pages, positions: Tensor, owner: Tensor) -> Tensor:
+    """Where numpy's small operations cost a third of torch's."""
+    where, size = positions.numpy(), pages.block_size
+    block = pages.block_table.numpy()[owner.numpy(), where // size]
+    return torch.from_numpy(block.astype(np.int64) * size + where % size)
+
+
+def _slots_on_device(pages: Pages, positions: Tensor, owner: Tensor) -> Tensor:
+    size = pages.block_size
+    block = pages.block_table[owner, torch.div(positions, size, rounding_mode="floor")]
+    return block.long() * size + positions % size
