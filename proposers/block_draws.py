@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
+from vllm_spec_plugins.transfers import to_device
 from vllm_spec_plugins.vocabulary_passes import first_argmax
 
 from .jacobi_coupling import draw_fresh, law_of
@@ -18,6 +19,7 @@ from .jacobi_coupling import draw_fresh, law_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from vllm_spec_plugins.device_drafting import DeviceDraftInput
     from vllm_spec_plugins.proposer import DraftInput
 
 
@@ -63,13 +65,25 @@ class BlockDraws:
         scale = np.where(sampled, temperatures, np.float32(1))
 
         def column(values: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(values[requests]).unsqueeze(1).to(device)
+            return to_device(values[requests], device).unsqueeze(1)
 
         return cls(
             sampled,
-            torch.from_numpy(scale).view(-1, 1, 1).to(device),
+            to_device(scale, device).view(-1, 1, 1),
             column(batch.streams),
             column(batch.num_tokens),
+            top_k,
+        )
+
+    @classmethod
+    def on_device(cls, batch: DeviceDraftInput, *, top_k: int | None = None) -> BlockDraws:
+        """The same for all requests of a step whose lengths are known to the device alone."""
+        warm = batch.temperatures > 0
+        return cls(
+            batch.temperatures_on_host > 0,
+            torch.where(warm, batch.temperatures, 1).view(-1, 1, 1),
+            batch.streams.unsqueeze(1),
+            batch.num_tokens.unsqueeze(1),
             top_k,
         )
 
@@ -91,9 +105,9 @@ class BlockDraws:
         law = law_of((logits / self.scale).reshape(-1, vocab_size), self.top_k or vocab_size)
         u = uniforms(self.streams, self.first, columns, Purpose.DRAFT)
         token_ids = draw_fresh(law, u.expand(count, width).reshape(-1)).view(count, width)
-        sampled = torch.from_numpy(self.sampled).to(logits.device)
+        sampled = to_device(self.sampled, logits.device)
         if not self.sampled.all():
-            chosen = torch.from_numpy(np.flatnonzero(~self.sampled)).to(logits.device)
+            chosen = to_device(np.flatnonzero(~self.sampled), logits.device)
             rows = logits.index_select(0, chosen).view(-1, vocab_size)
             token_ids[chosen] = first_argmax(rows).view(len(chosen), width)
         ids = law.vocabulary
@@ -125,6 +139,23 @@ def draft_lengths(
     ends = np.isin(token_ids, end_token_ids)
     first = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, counts)
     return np.minimum(counts, first)
+
+
+def end_on_device(token_ids: Tensor, most: Tensor, end_token_ids: Tensor) -> Tensor:
+    """What `draft_lengths` sends, where lengths are known to the device alone.
+
+    Args:
+        token_ids: `[n, K]` int64.
+        most: `[n]` tokens that may be sent.
+        end_token_ids: `[E]`.
+
+    Returns:
+        `[n, K]`, -1 behind what is sent.
+    """
+    ends = (token_ids.unsqueeze(2) == end_token_ids).any(dim=2)
+    goes_on = ends.cumsum(dim=1) - ends.long() == 0
+    column = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return torch.where(goes_on & (column < most.unsqueeze(1)), token_ids, -1)
 
 
 def stop_at_confidences(

@@ -24,24 +24,30 @@ position 5 been drawn first and position 2 from what it says, then accepting the
 tell something of the one at 5, which would no longer have the law it was drawn from. (That bias is
 what the control in `tests/test_parallel_law.py` measures.)
 
+**On the device.** Where the engine plans a step before the last one is verified, how many tokens a
+text has is known to the device alone: rows of the cache are then the engine's slots, and passes as
+wide as there can be new tokens. Both ways read texts into the same cache and draw the same drafts.
+
 Under tensor parallelism every rank has the drafter whole and computes the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from vllm_spec_plugins.diffusion.cache import NewText
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 from vllm_spec_plugins.diffusion.folder import check_folder, read_config
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.length_control import Fixed, LengthControlOptions
 from vllm_spec_plugins.proposer import DraftInput, Needs, ProposerOptions, StepStates
+from vllm_spec_plugins.transfers import to_device
 
 from .parallel import Block, ParallelOptions, ParallelProposer
 
@@ -50,6 +56,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.device_drafting import DeviceDraftInput
     from vllm_spec_plugins.diffusion.folder import DrafterConfig
     from vllm_spec_plugins.target_model import TargetModel
 
@@ -96,8 +103,9 @@ class Diffusion(ParallelProposer):
         #: Row of each request in the caches; given when it is first seen.
         self._row_of: dict[str, int] = {}
         self._free = list(range(context.max_num_requests))[::-1]
-        #: `[rows]` last token that each row of the cache has read.
-        self._last_read = np.zeros(context.max_num_requests, dtype=np.int64)
+        #: `[rows]` tokens that each row of the cache has read, and the last of them.
+        self._num_read = np.zeros(context.max_num_requests, dtype=np.int64)
+        self._last_read = np.zeros_like(self._num_read)
         self._block_size = options.block_size or context.facts.num_speculative_tokens
 
     @classmethod
@@ -129,6 +137,13 @@ class Diffusion(ParallelProposer):
         assert isinstance(options, DiffusionOptions)
         conditioned = read_config(options.model).conditioned_on is not None
         return cls.needs | Needs.LAYER_STATES if conditioned else cls.needs
+
+    @classmethod
+    def drafts_on_device(cls, options: ProposerOptions) -> bool:
+        assert isinstance(options, DiffusionOptions)
+        if options.drafts == "path":  # searched through texts that are read on the host
+            return False
+        return read_config(options.model).conditioned_on is None
 
     @classmethod
     def layers(cls, options: ProposerOptions, facts: ModelFacts) -> Sequence[int]:
@@ -176,7 +191,7 @@ class Diffusion(ParallelProposer):
         super().finish(request_ids)
         rows = [row for name in request_ids if (row := self._row_of.pop(name, None)) is not None]
         if rows:
-            self._cache.forget(rows)
+            self._num_read[rows] = 0
             if self._states is not None:
                 self._states.forget(rows)
             self._free.extend(rows)
@@ -190,28 +205,83 @@ class Diffusion(ParallelProposer):
 
     def logits(self, batch: DraftInput, requests: NDArray[np.int64]) -> Tensor:
         """One pass over what is new of each text, and masks behind it: `[n, B, V]`."""
-        rows, new = self._catch_up(batch, requests)
-        groups = list(self._groups(new))
-        if len(groups) == 1:
-            return self._first_pass(batch, requests, rows, new)
-        parts = [self._first_pass(batch, requests[g], rows[g], new[g]) for g in groups]
-        order = torch.from_numpy(np.concatenate(groups)).to(parts[0].device)
-        whole = torch.cat(parts)
-        return torch.empty_like(whole).index_copy_(0, order, whole)
+        rows, new, fresh = self._catch_up(batch, requests)
+        ends = batch.num_tokens[requests]
+
+        def read(group: NDArray[np.int64]) -> Tensor:
+            begins = ends[group] - new[group]
+            # [n, T], padded with whatever stands in the table behind the text.
+            columns = begins[:, None] + np.arange(new[group].max())
+            columns = np.minimum(columns, batch.token_history.shape[1] - 1)
+            token_ids = batch.token_history[batch.rows[requests[group], None], columns]
+            token_ids[columns >= ends[group, None]] = 0
+            numbers = [rows[group, None], begins[:, None], new[group, None], token_ids]
+            device_numbers = to_device(np.concatenate(numbers, axis=1), self.context.device)
+            row, begin, count = device_numbers[:, :3].unbind(dim=1)
+            if fresh[group].any():
+                # Who goes on begins where it is.
+                self._cache.begin(row, begin, to_device(fresh[group], self.context.device))
+            longest = int(np.where(fresh[group], 0, begins).max())
+            text = NewText(row, device_numbers[:, 3:], count, longest)
+            added = None
+            if self._states is not None:
+                added = self._states.read(rows[group], begins, columns.shape[1])
+            return self._drafter.draft(self._cache, text, self._block_size, added)
+
+        return self._in_groups(new, read)
+
+    def _logits_on_device(self, batch: DeviceDraftInput) -> Tensor:
+        """The same of all requests, whose lengths the host knows as bounds only."""
+        window, table, device = self._cache.window, batch.token_ids, batch.slots.device
+        usual = batch.num_speculative_tokens + 1
+        most_new = np.minimum(np.where(batch.is_fresh, batch.most_tokens, usual), window)
+        most_read = np.where(batch.is_fresh, 0, batch.most_tokens)
+
+        def read(group: NDArray[np.int64]) -> Tensor:
+            rows, ends, fresh = batch.slots, batch.num_tokens, batch.fresh
+            if len(group) < len(rows):
+                index = to_device(group, device)
+                rows, ends, fresh = rows[index], ends[index], fresh[index]
+            counts = self._cache.catch_up(rows, ends, fresh)
+            ahead = torch.arange(int(most_new[group].max()), device=device)
+            columns = (ends - counts).unsqueeze(1) + ahead  # [n, T]
+            token_ids = table[rows.unsqueeze(1), columns.clamp(max=table.shape[1] - 1)].long()
+            token_ids = torch.where(columns < ends.unsqueeze(1), token_ids, 0)
+            text = NewText(rows, token_ids, counts, int(most_read[group].max()))
+            return self._drafter.draft(self._cache, text, self._block_size)
+
+        return self._in_groups(most_new, read)
 
     def block(self, batch: DraftInput, requests: NDArray[np.int64], draws: BlockDraws) -> Block:
-        steps = self.options.denoising_steps
-        if steps == 1:
+        if self.options.denoising_steps == 1:
             return super().block(batch, requests, draws)
         logits = self.logits(batch, requests)
-        rows = [self._row_of[name] for name in batch.keys.select(requests).request_ids]
-        mask = self._drafter.config.mask_token_id
+        names = batch.keys.select(requests).request_ids
+        rows = to_device(self._rows(names), self.context.device)
+        return self._settle(logits, rows, int(batch.num_tokens[requests].max()), draws)
+
+    def block_on_device(self, batch: DeviceDraftInput, draws: BlockDraws) -> Block:
+        logits = self._logits_on_device(batch)
+        if self.options.denoising_steps == 1:
+            return Block.at_once(logits[:, : batch.num_speculative_tokens], draws)
+        return self._settle(logits, batch.slots, int(batch.most_tokens.max()), draws)
+
+    def _settle(self, logits: Tensor, rows: Tensor, longest: int, draws: BlockDraws) -> Block:
+        """Settle blocks in several passes.
+
+        Args:
+            logits: `[n, B, V]` of the first pass.
+            rows: `[n]` int64 of the cache.
+            longest: At least the tokens of each text.
+            draws: How tokens are drawn.
+        """
+        steps, mask = self.options.denoising_steps, self._drafter.config.mask_token_id
         block = logits.new_full(logits.shape[:2], mask, dtype=torch.int64)
         kept_logits, kept_law = torch.empty_like(logits), None
         left = block.shape[1]
         for step in range(steps):
             if step:
-                logits = self._drafter.denoise(self._cache, rows, block.cpu().numpy())
+                logits = self._drafter.denoise(self._cache, rows, block, longest)
             count = -(-left // (steps - step))
             columns = columns_to_settle(logits, block == mask, draws.sampled, count)  # [n, count]
             own = logits.gather(1, _wide(columns, logits))
@@ -224,24 +294,38 @@ class Diffusion(ParallelProposer):
 
     def _catch_up(
         self, batch: DraftInput, requests: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row of each request in the cache, and how many tokens of its text it has to read.
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Rows of requests in the cache, how many tokens each has to read, and whether anew.
 
-        Those are the last ones. A request that did not draft for a while reads what it missed; of
-        a text longer than the window only the window is read. A text that is not the one read so
-        far, which `finish` should have told, begins anew.
+        Those are the last ones of its text. A request that did not draft for a while reads what
+        it missed; of a text longer than the window only the window is read. A text that is not
+        the one read so far, which `finish` should have told, begins anew.
         """
         rows = self._rows(batch.keys.select(requests).request_ids)
-        ends = batch.num_tokens[requests]
-        known = self._cache.next[rows]
+        ends, window = batch.num_tokens[requests], self._cache.window
+        known = self._num_read[rows]
         last = batch.token_history[batch.rows[requests], np.maximum(known, 1) - 1]
         same = (known > 0) & (known < ends) & (last == self._last_read[rows])
-        anew = np.flatnonzero(~same | (ends - known > self._cache.window))
-        if len(anew):
-            begins = np.maximum(ends[anew] - self._cache.window, 0)
-            self._cache.begin(rows[anew], begins)
+        fresh = ~same | (ends - known > window)
+        self._num_read[rows] = ends
         self._last_read[rows] = batch.last_token_ids[requests]
-        return rows, ends - self._cache.next[rows]
+        return rows, np.where(fresh, np.minimum(ends, window), ends - known), fresh
+
+    def _in_groups(
+        self, new: NDArray[np.int64], read: Callable[[NDArray[np.int64]], Tensor]
+    ) -> Tensor:
+        """Laws of n requests, some read together.
+
+        Args:
+            new: `[n]` most tokens that each has to read.
+            read: Laws `[m, B, V]` of those with these indices, `[m]`.
+        """
+        groups = list(self._groups(new))
+        if len(groups) == 1:
+            return read(np.arange(len(new)))
+        whole = torch.cat([read(group) for group in groups])
+        order = to_device(np.concatenate(groups), whole.device)
+        return torch.empty_like(whole).index_copy_(0, order, whole)
 
     def _groups(self, new: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Indices of requests to be read together: steps of decoding, then prompts by length."""
@@ -254,26 +338,6 @@ class Diffusion(ParallelProposer):
             count = max(1, self.TOKENS_PER_PASS // int(new[prompts[0]]))
             yield prompts[:count]
             prompts = prompts[count:]
-
-    def _first_pass(
-        self,
-        batch: DraftInput,
-        requests: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        new: NDArray[np.int64],
-    ) -> Tensor:
-        """`[n, B, V]` laws, and the new text into the cache."""
-        begins = batch.num_tokens[requests] - new
-        # [n, T], padded with whatever stands in the table behind the text.
-        columns = np.minimum(
-            begins[:, None] + np.arange(new.max()), batch.token_history.shape[1] - 1
-        )
-        token_ids = batch.token_history[batch.rows[requests][:, None], columns].astype(np.int64)
-        token_ids[np.arange(token_ids.shape[1]) >= new[:, None]] = 0
-        added = None
-        if self._states is not None:
-            added = self._states.read(rows, begins, token_ids.shape[1])
-        return self._drafter.draft(self._cache, rows, token_ids, new, self._block_size, added)
 
 
 def columns_to_settle(
@@ -294,7 +358,7 @@ def columns_to_settle(
     size = masked.shape[1]
     surest = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
     leftmost = torch.arange(size, 0, -1, device=logits.device, dtype=surest.dtype)
-    draws = torch.from_numpy(sampled).to(logits.device).unsqueeze(1)
+    draws = to_device(sampled, logits.device).unsqueeze(1)
     order = torch.where(draws, leftmost, surest).masked_fill(~masked, -1)
     return order.topk(count, dim=1).indices
 

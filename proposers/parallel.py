@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from vllm_spec_plugins.device_drafting import DeviceDraft
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.length_control import Signals
 from vllm_spec_plugins.proposer import Draft, DraftInput, Proposer, ProposerOptions
+from vllm_spec_plugins.transfers import to_device
 
-from .block_draws import BlockDraws, draft_lengths, stop_at_confidences
+from .block_draws import BlockDraws, draft_lengths, end_on_device, stop_at_confidences
 from .path_search import PathSearch, PathSearchOptions
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.device_drafting import DeviceDraftInput
 
 
 class ParallelOptions(ProposerOptions):
@@ -72,6 +75,13 @@ class Block:
     logits: Tensor
     law: DraftProbabilities | None
 
+    @classmethod
+    def at_once(cls, logits: Tensor, draws: BlockDraws) -> Block:
+        """Each token from its law, `[n, B, V]`, as it is."""
+        columns = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0)
+        token_ids, law = draws(logits, columns)
+        return cls(token_ids, logits, law)
+
 
 class ParallelProposer(Proposer):
     """Drafts from one law for each position."""
@@ -85,6 +95,7 @@ class ParallelProposer(Proposer):
         # A config may name a token that the model has no logits for.
         ends = [token for token in facts.end_token_ids if token < facts.vocab_size]
         self._ends = np.array(ends, dtype=np.int64)
+        self._ends_on_device = torch.tensor(ends, dtype=torch.int64, device=context.device)
         self._top_k = options.draft_top_k
         self._path_search: PathSearch | None = None
         if options.drafts == "path":
@@ -133,9 +144,15 @@ class ParallelProposer(Proposer):
             draws: How tokens are drawn.
         """
         width = int(batch.max_draft[requests].max())
-        logits = self.logits(batch, requests)[:, :width]
-        token_ids, law = draws(logits, torch.arange(width, device=logits.device).unsqueeze(0))
-        return Block(token_ids, logits, law)
+        return Block.at_once(self.logits(batch, requests)[:, :width], draws)
+
+    def block_on_device(self, batch: DeviceDraftInput, draws: BlockDraws) -> Block:
+        """The same of all requests of a step, without looking at a tensor's values.
+
+        For proposers whose `drafts_on_device` says so. What requests that may not draft are given
+        is not looked at.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draft on the device.")
 
     @torch.inference_mode()
     def propose(self, batch: DraftInput) -> Draft:
@@ -161,6 +178,15 @@ class ParallelProposer(Proposer):
         table = np.full((len(batch.request_ids), width), -1, dtype=np.int64)
         table[requests] = np.where(np.arange(width) < lengths[:, None], token_ids, -1)
         return Draft(table, _of_all_requests(block.law, requests, len(table), width))
+
+    @torch.inference_mode()
+    def propose_on_device(self, batch: DeviceDraftInput) -> DeviceDraft:
+        """The same drafts, for requests that take the most likely tokens or draw them."""
+        block = self.block_on_device(batch, BlockDraws.on_device(batch, top_k=self._top_k))
+        width = batch.num_speculative_tokens
+        token_ids = end_on_device(block.token_ids[:, :width], batch.max_draft, self._ends_on_device)
+        law = None if block.law is None else _first_positions(block.law, width)
+        return DeviceDraft(token_ids, law)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         if self._path_search is not None:
@@ -199,7 +225,7 @@ def _of_all_requests(
     law = _first_positions(law, width)
     if len(requests) == count:
         return law
-    rows = torch.from_numpy(requests).to(law.values.device)
+    rows = to_device(requests, law.values.device)
 
     def spread(part: Tensor) -> Tensor:
         return part.new_zeros(count, *part.shape[1:]).index_copy(0, rows, part)

@@ -46,6 +46,7 @@ from vllm_spec_plugins.calibration.masked_blocks import Blocks, draw_blocks, mas
 from vllm_spec_plugins.calibration.texts import Corpus, TextTokenizer, windows
 from vllm_spec_plugins.cli.main import app
 from vllm_spec_plugins.context import ModelFacts
+from vllm_spec_plugins.diffusion.cache import NewText
 from vllm_spec_plugins.diffusion.conditioning import TargetStates
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 from vllm_spec_plugins.diffusion.folder import check_folder
@@ -91,6 +92,13 @@ def start(target: LocalModel) -> DiffusionDrafter:
     return from_model(target, 1, mask_token_id=3)
 
 
+def draft_anew(drafter: DiffusionDrafter, text: Any, size: int) -> Tensor:
+    """`[size, V]` laws of a block behind a text, `[T]`, with an empty cache."""
+    text = torch.as_tensor(text)
+    new = NewText(torch.tensor([0]), text[None], torch.tensor([len(text)]), 0)
+    return drafter.draft(drafter.new_cache(1, 64), new, size)[0]
+
+
 def reader(target: LocalModel) -> DiffusionDrafter:
     """Conditioned on both layers of the target."""
     states = TargetStates("tiny", None, target.num_layers, target.hidden_size, (1, 2))
@@ -101,12 +109,12 @@ class TestStart:
     def test_the_first_draft_token_is_the_early_exits(self, target: LocalModel) -> None:
         """Untrained, and whatever the block: text does not see it."""
         drafter = start(target)
-        tokens = np.array([[5, 9, 60, 7]])
-        logits = drafter.draft(drafter.new_cache(1, 8), [0], tokens, np.array([4]), 3)
-        state = target.layer_states(torch.from_numpy(tokens), [1])[1]
+        tokens = torch.tensor([[5, 9, 60, 7]])
+        logits = draft_anew(drafter, tokens[0], 3)
+        state = target.layer_states(tokens, [1])[1]
         expected = target.logits(target.final_norm(state))[0, -1]
         expected[3] = -torch.inf
-        torch.testing.assert_close(logits[0, 0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
 
     def test_the_mask(self, folder: Path, target: LocalModel, tmp_path: Path) -> None:
         assert mask_token_of(TextTokenizer(folder), target.vocab_size) == 3
@@ -197,11 +205,9 @@ class TestMaskedBlocks:
         for window, place, before, number, length in zip(
             layout.window, layout.place, layout.before, layout.number, layout.length, strict=True
         ):
-            known = text[window][None, : before - number + 2]
-            cache = drafter.new_cache(1, 32)
-            row = drafter.draft(cache, [0], known, np.array([known.shape[1]]), int(length))
+            row = draft_anew(drafter, text[window][: before - number + 2], int(length))
             got = drafter.logits(states[window, place])
-            torch.testing.assert_close(got, row[0, number - 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, row[number - 1], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("vary", [True, False])
     def test_blocks_stay_within_their_text(self, vary: bool) -> None:
@@ -397,9 +403,7 @@ class TestEvaluation:
         for whole in some.texts:
             logits = target.module(input_ids=torch.from_numpy(whole[None])).logits[0]
             for end in range(16, len(whole) - BLOCK + 1):
-                cache = trained.drafter.new_cache(1, 64)
-                known = whole[None, :end]
-                draft = trained.drafter.draft(cache, [0], known, np.array([end]), BLOCK)[0]
+                draft = draft_anew(trained.drafter, whole[:end], BLOCK)
                 p, q = logits[end - 1 : end - 1 + BLOCK].softmax(-1), draft.softmax(-1)
                 own = torch.from_numpy(whole[end : end + BLOCK, None])
                 columns = [

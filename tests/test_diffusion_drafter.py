@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_spec_plugins.context import ModelFacts
-from vllm_spec_plugins.diffusion.cache import PrefixCache
+from vllm_spec_plugins.diffusion.cache import NewText, PrefixCache
 from vllm_spec_plugins.diffusion.drafter import DiffusionDrafter
 from vllm_spec_plugins.diffusion.folder import DrafterConfig, check_folder, read_config
 from vllm_spec_plugins.errors import SpecPluginsError
@@ -78,11 +77,17 @@ def dense(drafter: DiffusionDrafter, text: list[int], block: list[int]) -> Tenso
     return drafter.logits(states[start : start + len(block)])
 
 
+def new_text(rows: Any, token_ids: Any, counts: Any, longest: int = 10**9) -> NewText:
+    return NewText(
+        torch.as_tensor(rows), torch.as_tensor(token_ids), torch.as_tensor(counts), longest
+    )
+
+
 def prefilled(drafter: DiffusionDrafter, texts: list[list[int]], window: int = W) -> PrefixCache:
     cache = drafter.new_cache(len(texts), window)
     lengths = np.array([len(text) for text in texts])
     padded = np.array([text + [0] * (lengths.max() - len(text)) for text in texts])
-    drafter.extend(cache, np.arange(len(texts)), padded, lengths)
+    drafter.extend(cache, new_text(np.arange(len(texts)), padded, lengths, 0))
     return cache
 
 
@@ -104,7 +109,8 @@ class TestPasses:
             lengths = generator.integers(1, most + 1, len(rows))
             new = generator.integers(0, V, (len(rows), most))
             size = int(generator.integers(1, 5))
-            logits = drafter.draft(cache, rows, new, lengths, size)
+            longest = max(len(texts[row]) for row in rows)
+            logits = drafter.draft(cache, new_text(rows, new, lengths, longest), size)
             for row, tokens, length, got in zip(rows, new, lengths, logits, strict=True):
                 texts[row] += tokens[:length].tolist()
                 expected = dense(drafter, texts[row], [MASK] * size)
@@ -115,13 +121,14 @@ class TestPasses:
         drafter = random_drafter(attention_pattern=pattern, predicts=predicts)
         texts = [random_text(5, 1), random_text(9, 2)]
         cache = prefilled(drafter, texts)
-        settled = np.array([[3, MASK, 8, MASK], [MASK, 5, MASK, MASK]])
-        first = drafter.denoise(cache, [0, 1], settled)
-        assert torch.equal(drafter.denoise(cache, [0, 1], settled), first)
+        settled = torch.tensor([[3, MASK, 8, MASK], [MASK, 5, MASK, MASK]])
+        rows = torch.arange(2)
+        first = drafter.denoise(cache, rows, settled, 9)
+        assert torch.equal(drafter.denoise(cache, rows, settled, 9), first)
         for text, block, got in zip(texts, settled.tolist(), first, strict=True):
             torch.testing.assert_close(got, dense(drafter, text, block), rtol=1e-4, atol=1e-4)
         # Settled tokens matter to the others, whichever side they are on.
-        masks = drafter.denoise(cache, [0, 1], np.full((2, 4), MASK))
+        masks = drafter.denoise(cache, rows, torch.full((2, 4), MASK), 9)
         assert (masks[0, 1] - first[0, 1]).abs().max() > 1e-2
 
     def test_extending_in_parts_or_at_once(self) -> None:
@@ -129,39 +136,65 @@ class TestPasses:
         text = random_text(12)
         whole, parts = prefilled(drafter, [text]), drafter.new_cache(1, W)
         for part in (text[:1], text[1:9], text[9:]):
-            drafter.extend(parts, [0], np.array([part]), np.array([len(part)]))
-        masks = np.full((1, 3), MASK)
+            drafter.extend(parts, new_text([0], [part], [len(part)]))
+        masks, row = torch.full((1, 3), MASK), torch.tensor([0])
         torch.testing.assert_close(
-            drafter.denoise(parts, [0], masks), drafter.denoise(whole, [0], masks)
+            drafter.denoise(parts, row, masks, 12), drafter.denoise(whole, row, masks, 12)
         )
 
-    def test_an_empty_row_cannot_be_drafted_from(self) -> None:
-        for pattern in ("block", "full"):
-            drafter = random_drafter(attention_pattern=pattern)
-            cache = prefilled(drafter, [random_text(5)])
-            cache.forget([0])
-            with pytest.raises(ValueError, match="at least one token"):
-                drafter.denoise(cache, [0], np.full((1, 2), MASK))
-        with pytest.raises(ValueError, match="needs a new token"):
-            random_drafter().draft(cache, [0], np.array([[1]]), np.array([0]), 2)
+    @pytest.mark.parametrize(("pattern", "predicts"), KINDS)
+    def test_rows_with_nothing_new_stay_as_they_are(self, pattern: str, predicts: str) -> None:
+        """Beside others that grow; padding is written where nobody reads."""
+        drafter = random_drafter(attention_pattern=pattern, predicts=predicts)
+        texts = [random_text(W + 2, 1), random_text(3, 2)]
+        cache = prefilled(drafter, texts)
+        if pattern == "full":
+            tensors = [cache.token_ids[0, :W]]
+        else:
+            tensors = [cache.keys[:, 0, :W], cache.values[:, 0, :W], cache.last[0]]
+        before = [tensor.clone() for tensor in tensors]
+        new = [random_text(4, 3), random_text(4, 4)]
+        logits = drafter.draft(cache, new_text([0, 1], new, [0, 4], W + 2), 3)
+        for text, got in zip((texts[0], texts[1] + new[1]), logits, strict=True):
+            torch.testing.assert_close(got, dense(drafter, text, [MASK] * 3), rtol=1e-4, atol=1e-4)
+        assert all(map(torch.equal, tensors, before))
+
+    @pytest.mark.parametrize("pattern", ["block", "full"])
+    def test_bounds_need_not_be_tight(self, pattern: str) -> None:
+        """Wider passes than needed give the same laws."""
+        drafter, text = random_drafter(attention_pattern=pattern), random_text(4)
+        for longest, padding in ((3, 0), (5, 2), (99, 9)):
+            cache = prefilled(drafter, [text[:3]])
+            new = new_text([0], [[text[3]] + [0] * padding], [1], longest)
+            got = drafter.draft(cache, new, 3)[0]
+            torch.testing.assert_close(got, dense(drafter, text, [MASK] * 3), rtol=1e-4, atol=1e-4)
+
+    def test_what_a_row_has_to_read(self) -> None:
+        """What is new; of a text that is another one, or has outgrown the window, the window."""
+        cache, rows = random_drafter().new_cache(5, W), torch.tensor([4, 0, 2, 3])
+        cache.append(rows, torch.tensor([5, 5, 5, 5]))
+        ends, fresh = torch.tensor([7, 7, 30, 30]), torch.tensor([False, True, True, False])
+        assert cache.catch_up(rows, ends, fresh).tolist() == [2, 7, W, W]
+        assert cache.next[rows].tolist() == [5, 0, 30 - W, 30 - W]
+        assert cache.first[rows].tolist() == [0, 0, 30 - W, 30 - W]
+        assert not cache.next[1]
 
     @pytest.mark.parametrize("pattern", ["block", "full"])
     def test_only_distances_matter(self, pattern: str) -> None:
         """Far into a text, beyond the model's positions, as at its start."""
         drafter = random_drafter(attention_pattern=pattern)
         cache = drafter.new_cache(2, W)
-        cache.begin([1], [123_456_789])
-        text = np.array([random_text(5)] * 2)
-        near, far = drafter.draft(cache, [0, 1], text, np.array([5, 5]), 3)
+        cache.begin(torch.tensor([1]), torch.tensor([123_456_789]))
+        near, far = drafter.draft(cache, new_text([0, 1], [random_text(5)] * 2, [5, 5]), 3)
         torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("pattern", ["block", "full"])
     def test_a_row_is_used_again(self, pattern: str) -> None:
         drafter = random_drafter(attention_pattern=pattern)
         cache = prefilled(drafter, [random_text(30, 5)])
-        cache.forget([0])
+        cache.begin(torch.tensor([0]), torch.tensor([0]))
         text = random_text(3)
-        logits = drafter.draft(cache, [0], np.array([text]), np.array([3]), 2)[0]
+        logits = drafter.draft(cache, new_text([0], [text], [3], 0), 2)[0]
         torch.testing.assert_close(logits, dense(drafter, text, [MASK] * 2), rtol=1e-4, atol=1e-4)
 
     def test_the_mask_is_never_drafted(self) -> None:
@@ -177,7 +210,8 @@ class TestPasses:
         for pattern in ("block", "full"):
             config = dataclasses.replace(CONFIG, attention_pattern=pattern)
             cache = PrefixCache(config, 3, W, dtype=torch.bfloat16)
-            tensors: list[Tensor] = [cache.keys, cache.values, cache.token_ids, cache.last]
+            kept = [cache.keys, cache.values, cache.token_ids, cache.last]
+            tensors: list[Tensor] = [*kept, cache.next, cache.first]
             said = PrefixCache.num_bytes(config, 3, W, torch.bfloat16)
             assert sum(x.numel() * x.itemsize for x in tensors) == said
 
@@ -218,7 +252,8 @@ class TestAgainstTransformers:
         tokens = torch.tensor([[*text, 5, 5]])
         everything = torch.zeros(1, 1, 8, 8)
         expected = model(input_ids=tokens, attention_mask=everything).logits[0, 6:]
-        got = drafter.denoise(prefilled(drafter, [text]), [0], np.array([[5, 5]]))[0]
+        cache = prefilled(drafter, [text])
+        got = drafter.denoise(cache, torch.tensor([0]), torch.tensor([[5, 5]]), 6)[0]
         expected[:, 5] = -torch.inf
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -348,16 +383,3 @@ class TestFolder:
     def test_a_context_window_beyond_its_positions(self, folder: Path) -> None:
         with pytest.raises(SpecPluginsError, match="set context_window to 60 or less"):
             check_folder(folder, facts(), context_window=61)
-
-
-def test_numpy_rows_and_lists_are_alike() -> None:
-    drafter = random_drafter()
-    results: list[Tensor] = []
-    rows: list[NDArray[np.int64] | list[int]] = [[2, 0], np.array([2, 0])]
-    for chosen in rows:
-        cache = drafter.new_cache(3, W)
-        text = np.array([random_text(4, 1), random_text(4, 2)])
-        results.append(drafter.draft(cache, chosen, text, np.array([4, 2]), 2))
-        cache.forget(chosen)
-        assert not cache.next.any()
-    assert torch.equal(*results)

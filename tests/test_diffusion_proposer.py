@@ -166,7 +166,7 @@ def test_prompts_are_read_in_parts(
     passes = []
     draft = in_parts._drafter.draft
     monkeypatch.setattr(
-        in_parts._drafter, "draft", lambda *a: passes.append(a[2].shape) or draft(*a)
+        in_parts._drafter, "draft", lambda *a: passes.append(a[1].token_ids.shape) or draft(*a)
     )
     torch.testing.assert_close(in_parts.logits(batch, everyone), wanted, rtol=1e-4, atol=1e-4)
     assert passes == [(1, 2), (1, 30), (1, 25), (1, 12)]
@@ -322,11 +322,12 @@ def test_chosen_tokens_are_settled_where_the_drafter_is_surest(
     anew = proposer_of(folder_of(predicts="own_token"))
     law = torch.softmax(anew.logits(batch, np.array([0]))[0], dim=1)
     surest = law.amax(dim=1).topk(2).indices
-    block = np.full((1, K), anew._drafter.config.mask_token_id)
+    block = torch.full((1, K), anew._drafter.config.mask_token_id)
     wanted = law.argmax(dim=1)
     for column in surest.tolist():
         block[0, column] = wanted[column]
-    second: Tensor = anew._drafter.denoise(anew._cache, [anew._row_of["0"]], block)[0].argmax(dim=1)
+    row = torch.tensor([anew._row_of["0"]])
+    second: Tensor = anew._drafter.denoise(anew._cache, row, block, 6)[0].argmax(dim=1)
     wanted = torch.where(torch.isin(torch.arange(K), surest), wanted, second)
     assert table.tolist() == wanted.tolist()
 

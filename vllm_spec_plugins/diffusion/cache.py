@@ -3,23 +3,39 @@
 A row is one request. It holds the tokens at positions `first` to `next - 1` of the request's
 text, at most W of them (the context window): position p lies in slot p mod W, so that one more
 token replaces the oldest. Positions are absolute; rotary embeddings only care for differences,
-so a text may be longer than the model's positions.
+so a text may be longer than the model's positions. One slot more takes what nobody will read:
+padding, and text that the window has left already.
 
-The bookkeeping is on the host, as the engine's is: no pass waits for the device.
+All bookkeeping is on the device, and nothing here asks for it: how many tokens a text has may be
+known there alone. What the host has to know are bounds, on which shapes depend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from .folder import DrafterConfig
 
-#: Indices of rows, or one number for each of them.
-Rows = NDArray[np.int64] | Sequence[int]
+
+@dataclass(frozen=True, slots=True)
+class NewText:
+    """What is to be read of R texts. Tensors on the device, int64.
+
+    Attributes:
+        rows: `[R]` of the cache, each once.
+        token_ids: `[R, T]`, padded at its end with any tokens.
+        counts: `[R]` tokens of each, 0 to T.
+        longest: On the host; at least the position after the last token that any of the rows
+            holds already, 0 if none holds anything.
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    counts: Tensor
+    longest: int
 
 
 class PrefixCache:
@@ -27,11 +43,12 @@ class PrefixCache:
 
     Attributes:
         window: W, tokens that a block sees at most.
-        next: `[N]` position of each row's next token.
-        first: `[N]` position of the earliest token held; equal to `next` when the row is empty.
-        keys: `[L, N, W, kv_heads, D]`, rotated; empty for the pattern "full".
+        next: `[N]` int64, position of each row's next token.
+        first: `[N]` int64, position of the earliest token held; equal to `next` when the row is
+            empty.
+        keys: `[L, N, W + 1, kv_heads, D]`, rotated; empty for the pattern "full".
         values: Likewise.
-        token_ids: `[N, W]` int64; only for the pattern "full".
+        token_ids: `[N, W + 1]` int64; only for the pattern "full".
         last: `[N, H]` normed hidden state of each row's last token; only where tokens predict
             the next one in the pattern "block".
     """
@@ -53,54 +70,86 @@ class PrefixCache:
             device: Where the drafter computes.
             dtype: Of its weights.
         """
-        kept = config.attention_pattern == "block"
-        shape = (config.num_layers, num_rows, window, config.num_key_value_heads, config.head_dim)
+        kept, slots = config.attention_pattern == "block", window + 1
+        shape = (config.num_layers, num_rows, slots, config.num_key_value_heads, config.head_dim)
         self.window = window
-        self.next = np.zeros(num_rows, dtype=np.int64)
-        self.first = np.zeros(num_rows, dtype=np.int64)
+        self.next = torch.zeros(num_rows, device=device, dtype=torch.int64)
+        self.first = torch.zeros_like(self.next)
         self.keys = torch.zeros(shape if kept else 0, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.token_ids = torch.zeros(
-            0 if kept else (num_rows, window), device=device, dtype=torch.int64
+            0 if kept else (num_rows, slots), device=device, dtype=torch.int64
         )
         self.last = torch.zeros((num_rows, config.hidden_size), device=device, dtype=dtype)
 
     @staticmethod
     def num_bytes(config: DrafterConfig, num_rows: int, window: int, dtype: torch.dtype) -> int:
         """Memory that such a cache takes."""
+        slots, of_last = window + 1, config.hidden_size * dtype.itemsize
         if config.attention_pattern == "full":
-            return num_rows * (8 * window + config.hidden_size * dtype.itemsize)
-        keys = config.num_layers * window * config.num_key_value_heads * config.head_dim
-        return num_rows * (2 * keys + config.hidden_size) * dtype.itemsize
+            return num_rows * (8 * slots + of_last + 16)
+        keys = config.num_layers * slots * config.num_key_value_heads * config.head_dim
+        return num_rows * (2 * keys * dtype.itemsize + of_last + 16)
 
-    def begin(self, rows: Rows, positions: Rows) -> None:
+    def begin(self, rows: Tensor, positions: Tensor, where: Tensor | None = None) -> None:
         """Empty some rows; their next token will be the one at these positions.
 
         A long text need not be read whole: beginning W tokens before its end fills the window.
+
+        Args:
+            rows: `[R]` int64, each once.
+            positions: `[R]` int64.
+            where: `[R]` bool, which of them; None: all.
         """
-        self.next[rows] = positions
-        self.first[rows] = positions
+        if where is None:
+            self.next[rows] = self.first[rows] = positions
+            return
+        self.next[rows] = torch.where(where, positions, self.next[rows])
+        self.first[rows] = torch.where(where, positions, self.first[rows])
 
-    def forget(self, rows: Rows) -> None:
-        """Empty some rows: their requests ended, or were preempted."""
-        self.begin(rows, np.zeros(len(rows), dtype=np.int64))
+    def catch_up(self, rows: Tensor, ends: Tensor, fresh: Tensor) -> Tensor:
+        """How many of a text's last tokens each row has to read.
 
-    def append(self, rows: Rows, counts: NDArray[np.int64]) -> None:
-        """Move the ends of some rows on: so many tokens were written after them."""
-        self.next[rows] += counts
-        self.first[rows] = np.maximum(self.first[rows], self.next[rows] - self.window)
+        Of a text longer than the window only the window is read; what a row held before its gap
+        is forgotten then.
 
-    def slots_in_use(self, rows: Rows) -> int:
-        """Slots of a row that can hold anything, 0 to W; all later ones are empty."""
-        first, last = self.first[rows], self.next[rows] - 1
-        held = last >= first
-        if not held.any():
-            return 0
-        wraps = held & (last // self.window > first // self.window)
-        return self.window if wraps.any() else int((last[held] % self.window + 1).max())
+        Args:
+            rows: `[R]` int64, each once.
+            ends: `[R]` int64 tokens of each row's text, no fewer than it has read.
+            fresh: `[R]` bool, rows whose text is another one now.
 
-    def positions(self, rows: Rows, slots: int) -> NDArray[np.int64]:
+        Returns:
+            `[R]` int64, up to W.
+        """
+        anew = fresh | (ends - self.next[rows] > self.window)
+        self.begin(rows, (ends - self.window).clamp(min=0), anew)
+        return ends - self.next[rows]
+
+    def append(self, rows: Tensor, counts: Tensor) -> None:
+        """Move the ends of some rows on: so many tokens, `[R]`, were written after them."""
+        after = self.next[rows] + counts
+        self.next[rows] = after
+        self.first[rows] = torch.maximum(self.first[rows], after - self.window)
+
+    def slots_in_use(self, longest: int) -> int:
+        """Slots that can hold anything, where texts are read up to that position; later: none."""
+        return min(longest, self.window)
+
+    def positions(self, rows: Tensor, slots: int) -> Tensor:
         """`[R, slots]` position of the token in each slot, -1 where there is none."""
-        last = self.next[rows][:, None] - 1
-        held = last - (last - np.arange(slots)) % self.window
-        return np.where(held >= self.first[rows][:, None], held, -1)
+        last = self.next[rows].unsqueeze(1) - 1
+        held = last - (last - torch.arange(slots, device=rows.device)) % self.window
+        return torch.where(held >= self.first[rows].unsqueeze(1), held, -1)
+
+    def places(self, positions: Tensor, after: Tensor) -> Tensor:
+        """Slots that new tokens are written to.
+
+        Args:
+            positions: `[R, T]` int64, -1 for padding.
+            after: `[R, 1]` int64 position after the last of them.
+
+        Returns:
+            `[R, T]` int64; the slot that nobody reads for what the window does not hold then.
+        """
+        stays = (positions >= 0) & (positions >= after - self.window)
+        return torch.where(stays, positions % self.window, self.window)

@@ -14,6 +14,8 @@ nothing is added to the block's.
 One token of the text is needed before a block, since a drafter that predicts next tokens
 predicts the block's first from it.
 
+No pass asks the device for a number: lengths of texts are tensors, their bounds are on the host.
+
 Shapes: R rows of the cache; T tokens of text new to it; B tokens of a block; S tokens of a pass;
 C slots of the cache; H hidden size; D head width; V vocabulary.
 """
@@ -24,13 +26,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .cache import PrefixCache, Rows
+from .cache import NewText, PrefixCache
 from .conditioning import Conditioning
 from .folder import DrafterConfig, read_config, weight_files
 from .state_windows import StateWindows
@@ -160,13 +160,7 @@ class DiffusionDrafter(nn.Module):
         return StateWindows(self.conditioning, num_rows, window)
 
     def draft(
-        self,
-        cache: PrefixCache,
-        rows: Rows,
-        token_ids: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        num_draft: int,
-        added: Tensor | None = None,
+        self, cache: PrefixCache, text: NewText, num_draft: int, added: Tensor | None = None
     ) -> Tensor:
         """Take in the text verified since, and give the laws of the tokens after it: one pass.
 
@@ -174,9 +168,7 @@ class DiffusionDrafter(nn.Module):
 
         Args:
             cache: Of this drafter; the new text is appended to it.
-            rows: `[R]` the requests' rows, each once.
-            token_ids: `[R, T]` new text, padded at its end with anything.
-            lengths: `[R]` new tokens of each row, 1 to T.
+            text: What is new. Laws of a row that then holds no token mean nothing.
             num_draft: K, at least 1.
             added: `[R, T, H]` what conditioning adds to the new tokens; None: nothing is known
                 of them, or it has no conditioning.
@@ -185,71 +177,55 @@ class DiffusionDrafter(nn.Module):
             `[R, K, V]` float32 logits; -inf for the mask.
         """
         config = self.config
-        masks = np.full((len(rows), num_draft), config.mask_token_id, dtype=np.int64)
+        masks = text.token_ids.new_full((len(text.rows), num_draft), config.mask_token_id)
         if config.attention_pattern == "full":
-            self.extend(cache, rows, token_ids, lengths)
-            return self.denoise(cache, rows, masks)
-        if (lengths < 1).any():
-            raise ValueError("every row needs a new token before a block is drafted")
-        masks = masks[:, : self._block_tokens(num_draft)]
-        states = self._pass(cache, rows, token_ids, lengths, masks, added)
-        predicting = states[:, token_ids.shape[1] :]
+            self._remember(cache, text)
+            return self.denoise(cache, text.rows, masks, text.longest + text.token_ids.shape[1])
+        states = self._pass(cache, text, masks[:, : self._block_tokens(num_draft)], added)
+        predicting = states[:, text.token_ids.shape[1] :]
         if config.predicts == "next_token":
-            predicting = torch.cat([cache.last[_indices(rows, states)][:, None], predicting], dim=1)
+            predicting = torch.cat([cache.last[text.rows].unsqueeze(1), predicting], dim=1)
         return self.logits(predicting)
 
-    def extend(
-        self,
-        cache: PrefixCache,
-        rows: Rows,
-        token_ids: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        added: Tensor | None = None,
-    ) -> None:
+    def extend(self, cache: PrefixCache, text: NewText, added: Tensor | None = None) -> None:
         """Append verified text to some rows.
 
         Args:
             cache: Of this drafter.
-            rows: `[R]`, each once.
-            token_ids: `[R, T]`, padded at its end with anything.
-            lengths: `[R]` tokens of each row, 0 to T.
+            text: What is new.
             added: As for `draft`.
         """
         if self.config.attention_pattern == "full":
-            self._remember(cache, rows, token_ids, lengths)
+            self._remember(cache, text)
         else:
-            nothing = np.empty((len(rows), 0), dtype=np.int64)
-            self._pass(cache, rows, token_ids, lengths, nothing, added)
+            self._pass(cache, text, text.token_ids[:, :0], added)
 
-    def denoise(self, cache: PrefixCache, rows: Rows, block_token_ids: NDArray[np.int64]) -> Tensor:
+    def denoise(
+        self, cache: PrefixCache, rows: Tensor, block_token_ids: Tensor, longest: int
+    ) -> Tensor:
         """The laws of a block's tokens after the text in the cache, which stays as it is.
 
         A drafter of pattern "block" that predicts next tokens does not read the block's last
         token: nothing comes after it. What it gives for the first depends on the text alone.
 
         Args:
-            cache: Of this drafter; every row must hold a token.
-            rows: `[R]`, each once.
-            block_token_ids: `[R, B]` masks, and tokens that are settled already.
+            cache: Of this drafter.
+            rows: `[R]` int64, each once. Laws of a row that holds no token mean nothing.
+            block_token_ids: `[R, B]` int64 masks, and tokens that are settled already.
+            longest: As in `NewText`.
 
         Returns:
             `[R, B, V]` float32 logits, one row for each token of the block; -inf for the mask.
-
-        Raises:
-            ValueError: A row is empty.
         """
         config, length = self.config, block_token_ids.shape[1]
-        if (cache.next[rows] == cache.first[rows]).any():
-            raise ValueError("a block needs at least one token of text before it")
         if config.attention_pattern == "full":
-            states = self._whole_window(cache, rows, block_token_ids)
+            states = self._whole_window(cache, rows, block_token_ids, longest)
             before = config.predicts == "next_token"
             return self.logits(states[:, -length - 1 : -1] if before else states[:, -length:])
-        nothing = np.empty((len(rows), 0), dtype=np.int64)
-        block = block_token_ids[:, : self._block_tokens(length)]
-        states = self._pass(cache, rows, nothing, np.zeros(len(rows), dtype=np.int64), block)
+        nothing = NewText(rows, block_token_ids[:, :0], torch.zeros_like(rows), longest)
+        states = self._pass(cache, nothing, block_token_ids[:, : self._block_tokens(length)])
         if config.predicts == "next_token":
-            states = torch.cat([cache.last[_indices(rows, states)][:, None], states], dim=1)
+            states = torch.cat([cache.last[rows].unsqueeze(1), states], dim=1)
         return self.logits(states)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -381,10 +357,8 @@ class DiffusionDrafter(nn.Module):
     def _pass(
         self,
         cache: PrefixCache,
-        rows: Rows,
-        token_ids: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        block_token_ids: NDArray[np.int64],
+        text: NewText,
+        block_token_ids: Tensor,
         added: Tensor | None = None,
     ) -> Tensor:
         """New text and a block after it, pattern "block"; the text's keys go into the cache.
@@ -392,98 +366,73 @@ class DiffusionDrafter(nn.Module):
         Returns:
             `[R, T + B, H]` normed hidden states, of padding too.
         """
-        rows = np.asarray(rows)
-        num_new, num_block = token_ids.shape[1], block_token_ids.shape[1]
-        start = cache.next[rows][:, None]
-        after = start + lengths[:, None]
-        new = start + np.arange(num_new)
-        padding = new >= after
-        block = after + np.arange(num_block)
-        slots = cache.slots_in_use(rows)
-        # Each token sees an interval of positions; padding is at position -1 and sees that.
-        keys = np.concatenate([cache.positions(rows, slots), np.where(padding, -1, new), block], 1)
-        lowest = np.concatenate([new, np.broadcast_to(after, block.shape)], 1) - cache.window
-        lowest = np.maximum(lowest, cache.first[rows][:, None])
-        highest = np.concatenate([new, np.broadcast_to(after + num_block - 1, block.shape)], 1)
-        lowest[:, :num_new][padding] = highest[:, :num_new][padding] = -1
-        # A token of the text does not see the block: its interval ends at itself.
-        numbers = np.concatenate([keys, lowest, highest, token_ids, block_token_ids], 1)
-        total = num_new + num_block
-        device = self.embedding.device
-        keys, lowest, highest, tokens = (
-            torch.from_numpy(numbers).to(device).split([slots + total, total, total, total], dim=1)
-        )
-        # [R, 1, S, C + S]
-        visible = (keys[:, None] >= lowest[..., None]) & (keys[:, None] <= highest[..., None])
-        visible = visible[:, None]
-        rotation = self._rotation(keys[:, slots:])
-        row_index = torch.from_numpy(rows).to(device)
+        rows, num_new, num_block = text.rows, text.token_ids.shape[1], block_token_ids.shape[1]
+        start = cache.next[rows].unsqueeze(1)
+        after = start + text.counts.unsqueeze(1)
+        ahead = torch.arange(max(num_new, num_block), device=rows.device)
+        new = start + ahead[:num_new]
+        new = torch.where(new < after, new, -1)  # [R, T], -1 for padding
+        slots = cache.slots_in_use(text.longest)
+        # Each token sees an interval of positions; padding is at position -1 and sees that. A
+        # token of the text does not see the block: its interval ends at itself.
+        ends = after.expand(-1, num_block)
+        position = torch.cat([new, after + ahead[:num_block]], dim=1)  # [R, S]
+        highest = torch.cat([new, ends + (num_block - 1)], dim=1)
+        lowest = torch.cat([new, ends], dim=1) - cache.window
+        lowest = torch.maximum(lowest, cache.first[rows].unsqueeze(1))
+        lowest = torch.minimum(lowest, highest)
+        keys = torch.cat([cache.positions(rows, slots), position], dim=1).unsqueeze(1)
+        visible = (keys >= lowest.unsqueeze(2)) & (keys <= highest.unsqueeze(2))
+        visible = visible.unsqueeze(1)  # [R, 1, S, C + S]
+        rotation = self._rotation(position)
         if added is None and self.conditioning is not None:
             added = self.conditioning.unknown.expand(len(rows), num_new, -1)
-        x = self._embed(tokens, added)
-        # Of the new text, what the window will still hold.
-        kept_row, kept_token = np.nonzero(~padding & (new >= after - cache.window))
-        places = np.stack([rows[kept_row], new[kept_row, kept_token] % cache.window])
-        source = torch.from_numpy(np.stack([kept_row, kept_token])).to(device)
-        target = torch.from_numpy(places).to(device)
+        x = self._embed(torch.cat([text.token_ids, block_token_ids], dim=1), added)
+        place, row = cache.places(new, after), rows.unsqueeze(1)
         for index, layer in enumerate(self._stack):
             query, key, value = layer.project(x, rotation)
-            kept_keys = cache.keys[index, row_index, :slots]
-            kept_values = cache.values[index, row_index, :slots]
-            cache.keys[index, target[0], target[1]] = key[source[0], source[1]]
-            cache.values[index, target[0], target[1]] = value[source[0], source[1]]
+            kept_keys = cache.keys[index, rows, :slots]
+            kept_values = cache.values[index, rows, :slots]
+            if num_new:
+                cache.keys[index, row, place] = key[:, :num_new]
+                cache.values[index, row, place] = value[:, :num_new]
             key, value = torch.cat([kept_keys, key], 1), torch.cat([kept_values, value], 1)
             x = layer.finish(x, layer.attend(query, key, value, visible))
-        cache.append(rows, lengths)
         states = self._normed(x)
-        grown = np.nonzero(lengths > 0)[0]
-        if len(grown):
-            ends = torch.from_numpy(np.stack([grown, lengths[grown] - 1, rows[grown]])).to(device)
-            cache.last[ends[2]] = states[ends[0], ends[1]]
+        if num_new:
+            cache.append(rows, text.counts)
+            newest = (text.counts - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, states.shape[2])
+            grown = (text.counts > 0).unsqueeze(1)
+            last = states.gather(1, newest).squeeze(1)
+            cache.last[rows] = torch.where(grown, last, cache.last[rows])
         return states
 
-    def _remember(
-        self,
-        cache: PrefixCache,
-        rows: Rows,
-        token_ids: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-    ) -> None:
+    def _remember(self, cache: PrefixCache, text: NewText) -> None:
         """Keep new text for `_whole_window`."""
-        rows = np.asarray(rows)
-        start = cache.next[rows][:, None]
-        after = start + lengths[:, None]
-        new = start + np.arange(token_ids.shape[1])
-        kept = (new < after) & (new >= after - cache.window)
-        row, token = np.nonzero(kept)
-        written = np.stack([rows[row], new[kept] % cache.window, token_ids[row, token]])
-        places = torch.from_numpy(written).to(cache.token_ids.device)
-        cache.token_ids[places[0], places[1]] = places[2]
-        cache.append(rows, lengths)
+        rows = text.rows
+        start = cache.next[rows].unsqueeze(1)
+        after = start + text.counts.unsqueeze(1)
+        new = start + torch.arange(text.token_ids.shape[1], device=rows.device)
+        new = torch.where(new < after, new, -1)
+        cache.token_ids[rows.unsqueeze(1), cache.places(new, after)] = text.token_ids
+        cache.append(rows, text.counts)
 
     @torch.no_grad()
     def _whole_window(
-        self, cache: PrefixCache, rows: Rows, block_token_ids: NDArray[np.int64]
+        self, cache: PrefixCache, rows: Tensor, block_token_ids: Tensor, longest: int
     ) -> Tensor:
         """`[R, C + B, H]` normed states of each row's window and the block, all seeing all.
 
         Windows are laid in order and end at the block; shorter ones are padded before.
         """
-        rows = np.asarray(rows)
-        num_block = block_token_ids.shape[1]
-        after = cache.next[rows][:, None]
-        held = after - cache.first[rows][:, None]
-        context = np.minimum(held, cache.window).max()
-        positions = after + np.arange(-context, num_block)
-        there = positions >= cache.first[rows][:, None]
+        context = cache.slots_in_use(longest)
+        steps = torch.arange(-context, block_token_ids.shape[1], device=rows.device)
+        positions = cache.next[rows].unsqueeze(1) + steps
+        there = positions >= cache.first[rows].unsqueeze(1)
         slots = positions[:, :context] % cache.window
-        numbers = np.concatenate([np.where(there, positions, 0), there, slots, block_token_ids], 1)
-        device = self.embedding.device
-        widths = [positions.shape[1], positions.shape[1], slots.shape[1], num_block]
-        position, seen, slot, block = torch.from_numpy(numbers).to(device).split(widths, dim=1)
-        row_index = _indices(rows, cache.token_ids)
-        tokens = torch.cat([cache.token_ids[row_index[:, None], slot], block], dim=1)
-        return self(tokens, position, (seen > 0)[:, None].expand(-1, tokens.shape[1], -1))
+        tokens = torch.cat([cache.token_ids[rows.unsqueeze(1), slots], block_token_ids], dim=1)
+        visible = there.unsqueeze(1).expand(-1, tokens.shape[1], -1)
+        return self(tokens, torch.where(there, positions, 0), visible)
 
 
 #: Our fused parameters and the tensors they are made of, stacked by rows.
@@ -496,8 +445,3 @@ _FUSED = {
     "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "down": ("mlp.down_proj.weight",),
 }
-
-
-def _indices(rows: Rows, beside: Tensor) -> Tensor:
-    """Rows as an index tensor on the device of another one."""
-    return torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(beside.device)

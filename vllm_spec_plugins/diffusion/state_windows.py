@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cache import Rows
 from .conditioning import Conditioning
+
+#: Indices of rows, or one number for each of them.
+Rows = NDArray[np.int64] | Sequence[int]
 
 
 class StateWindows:
