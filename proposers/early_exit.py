@@ -384,7 +384,7 @@ class EarlyExit(Proposer):
         drafts, last = batch.max_draft > 0, batch.num_tokens - 1
         draws = self._begin(batch.temperatures_on_host, batch.streams, batch.num_tokens, width)
         self._laws.begin(count, width)
-        # Who drafts nothing looks at its first token again and again, which costs least.
+        # Who drafts nothing stays at its first position, where attention costs least.
         token_ids = torch.where(drafts, batch.token_ids[batch.slots, last], 0).long()
         ends = torch.where(drafts, last + batch.max_draft, 0)
         sequences = self._target.sequences(batch.rows, batch.most_tokens, ends)
