@@ -1,8 +1,11 @@
 """What a step of relaxed verification costs on the CPU, against the lossless token rule.
 
 Every rule gets the same float32 target logits `[N, V]`, as the engine bridge hands them over,
-and returns tokens and their price. Three kinds of step: drafts drawn from a law that is near
-the target's, drafts that were chosen (n-grams, greedy heads), and greedy requests.
+and returns tokens and their price. Kinds of step: drafts drawn from a law that is near the
+target's (`drawn`), drafts that were chosen (n-grams, greedy heads; `chosen`), and greedy requests
+(`greedy`); and two that no text has, for the most that greedy requests can cost: every draft token
+nearly the target's best and never it (`forgiven`), and that of a target so undecided that bounds on
+its normaliser decide nothing (`flat`).
 
     OMP_NUM_THREADS=1 taskset -c 2 python benchmarks/verify_relaxed_cpu.py
 
@@ -37,6 +40,7 @@ from vllm_spec_plugins.judge_head import NORM_STATE, JudgeCard, JudgeHead
 from vllm_spec_plugins.registry import Kind, installed
 from vllm_spec_plugins.verifier import Verifier, VerifyInput
 
+KINDS = ("drawn", "chosen", "greedy", "forgiven", "flat")
 #: Width of the hidden states that the judge's head reads.
 HIDDEN_SIZE = 4096
 RESULTS = Path(__file__).parent / "results" / "verify_relaxed_cpu.jsonl"
@@ -90,6 +94,8 @@ class Step:
 
 def make_step(kind: str, args: argparse.Namespace) -> Step:
     """Some fifty likely tokens per row, as in text; drafts mostly but not always follow."""
+    if kind in ("forgiven", "flat"):
+        return make_hard_step(kind, args)
     generator = torch.Generator().manual_seed(args.vocab)
     rows = args.requests * args.draft
     logits = torch.randn(rows + args.requests, args.vocab, generator=generator) * 2
@@ -107,6 +113,27 @@ def make_step(kind: str, args: argparse.Namespace) -> Step:
     hidden_states = torch.randn(rows, HIDDEN_SIZE, generator=generator)
     return Step(
         target.contiguous(), bonus.contiguous(), drafts, law, temperature, args.requests,
+        args.draft, hidden_states,
+    )  # fmt: skip
+
+
+def make_hard_step(kind: str, args: argparse.Namespace) -> Step:
+    """Greedy requests whose draft tokens are all mismatches, just below the most likely token.
+
+    They are codes beside it, so that rules for image tokens are asked, too.
+    """
+    generator = torch.Generator().manual_seed(args.vocab)
+    rows = args.requests * args.draft
+    spread = 2.0 if kind == "forgiven" else 1.3
+    logits = torch.randn(rows + args.requests, args.vocab, generator=generator) * spread
+    best = torch.randint(args.vocab // 2 + 1, args.vocab, (rows, 1), generator=generator)
+    # Of e^15, the rest is a twelfth; of e^6.6, a hundredfold: near the bar of `threshold`, -5.
+    height = 15.0 if kind == "forgiven" else 6.6
+    logits[:rows].scatter_(1, best, height).scatter_(1, best - 1, height - 0.05)
+    hidden_states = torch.randn(rows, HIDDEN_SIZE, generator=generator)
+    target, bonus = logits.split([rows, args.requests])
+    return Step(
+        target.contiguous(), bonus.contiguous(), best.squeeze(1) - 1, None, 0.0, args.requests,
         args.draft, hidden_states,
     )  # fmt: skip
 
@@ -202,6 +229,7 @@ def main() -> None:
     parser.add_argument("--draft", type=int, default=5, help="draft tokens of each request")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
 
@@ -212,7 +240,7 @@ def main() -> None:
     )
     with TemporaryDirectory() as folder:
         rules = make_rules(args.vocab, args.draft, Path(folder))
-        for kind in ("drawn", "chosen", "greedy"):
+        for kind in args.kinds:
             for name, row in measure(rules, make_step(kind, args), args.repeats).items():
                 print(
                     f"{kind:8s} {name:26s} {row['median_ms']:9.2f} {row['times_lossless']:10.2f} "

@@ -12,12 +12,19 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from vllm_spec_plugins.verifiers.code_clusters import CodeClusters
 
-from vllm_spec_plugins import compiled_greedy, compiled_rows, greedy_on_host, vocabulary_passes
+from vllm_spec_plugins import (
+    compiled_arithmetic,
+    compiled_greedy,
+    compiled_rows,
+    greedy_on_host,
+    vocabulary_passes,
+)
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, write_neighbours
 from vllm_spec_plugins.context import EngineContext, ModelFacts
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
@@ -31,6 +38,7 @@ from vllm_spec_plugins.vocabulary_passes import (
     is_compiled,
     largest_entries,
     log_normaliser_of_rows,
+    near_laws,
 )
 
 VOCABULARY, FIRST, NEIGHBOURS, NUM_DRAFT = 3000, 1000, 6, 4
@@ -82,6 +90,40 @@ def test_divergences_of_rows(logits: Tensor) -> None:
     for values in (logits, logits.double()):
         found = divergence_of_rows(values, law.to(values.dtype), ROWS, shift.to(values.dtype))
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_near_laws_are_found_row_by_row(logits: Tensor) -> None:
+    """Of tokens that were drawn, chosen, excluded, or are none; the rest in test_relaxed_rules."""
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    law = torch.softmax(logits + 0.3 * noise, dim=1)
+    rows = torch.arange(8)
+    p = torch.softmax(logits, dim=1)
+    # A token that the draft finds likelier, but not by much.
+    ids = torch.where((law > p) & (law < 2 * p), p, 0).argmax(dim=1)
+    ids[4], ids[5] = logits[4].argmin(), -1
+    law[6, logits[6].argmax()] = 0
+    own, drafted = p[rows, ids], law[rows, ids]
+    drafted[2] = 1  # chosen
+    drafted[5] = own[5] = 0
+    divergence = (torch.special.xlogy(p, p) - torch.special.xlogy(p, law)).sum(dim=1)
+    assert bool((divergence[[0, 1, 2, 4, 5, 7]] < 0.2).all())
+    for bound in (0.2, 1e-3):
+        near = near_laws(logits, law, ids, own, drafted, bound)
+        expected = (divergence <= bound) & (own < drafted)
+        expected[[2, 4, 5, 6]] = False
+        assert near.tolist() == expected.tolist()
+        assert bool(near.any()) == (bound == 0.2)
+
+
+def test_exponentials_and_logarithms() -> None:
+    x = np.linspace(-87, 0, 4001).astype(np.float32)
+    found = np.array([compiled_arithmetic.exp.py_func(value) for value in x])
+    error = np.abs(found / np.exp(x.astype(np.float64)) - 1)
+    assert error[x > -4].max() < 5e-7
+    assert error.max() < 5e-6
+    x = np.exp(np.linspace(-87, 3, 4001)).astype(np.float32)
+    found = np.array([compiled_arithmetic.log.py_func(value) for value in x])
+    np.testing.assert_allclose(found, np.log(x.astype(np.float64)), rtol=2e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -31,7 +30,7 @@ from vllm_spec_plugins.judge_head import JudgeCard, JudgeHead
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import is_single, kernels
+from vllm_spec_plugins.vocabulary_passes import is_single, scores_at_least
 
 from ..triton_kernels.relaxations import Judge as Verdicts  # noqa: TID252
 
@@ -69,7 +68,7 @@ class Judge(RelaxedRule):
         threshold = head.card.threshold if options.threshold is None else options.threshold
         # In log odds, where 0 and 1 are exactly "every" and "none".
         self._least_log_odds = _log_odds(threshold)
-        self._bias = np.float32(head.bias.item())
+        self._bias = float(head.bias)
         never = [*head.never_judge.tolist(), *token_ids_of(options.never_judge, context.facts)]
         vocab_size = context.facts.vocab_size
         judges = torch.ones(vocab_size, dtype=torch.bool, device=context.device)
@@ -93,7 +92,10 @@ class Judge(RelaxedRule):
         return keeps_no_budget(options) and not JudgeCard.read(options.head).tool_calls
 
     def judged(self, batch: VerifyInput, rows: Tensor | None = None) -> Tensor:
-        """`[N]` bool, draft tokens the head lets stand; `[M]` of some rows."""
+        """`[N]` bool, draft tokens the head lets stand; `[M]` of some rows.
+
+        Of some rows, those behind a refusal in the same request may be refused unseen.
+        """
         if not self._recognised:
             self._recognise_late()
         stands = self._found_harmless(batch, rows)
@@ -109,15 +111,10 @@ class Judge(RelaxedRule):
         if states is None:  # warm-up
             return torch.zeros_like(_of_rows(ids, rows), dtype=torch.bool)
         if is_single(states):
-            if rows is None:
-                rows = torch.arange(len(ids))
-            stands = torch.empty_like(rows, dtype=torch.bool)
-            least = np.float32(self._least_log_odds)
-            kernels().scores_at_least(
-                states.detach().numpy(), rows.numpy(), ids.numpy(), self._judges.numpy(),
-                self._head.weight.numpy(), self._bias, least, stands.numpy(),
+            return scores_at_least(
+                states, rows, batch.num_draft, ids, self._judges, self._head.weight, self._bias,
+                self._least_log_odds,
             )  # fmt: skip
-            return stands
         stands = self._head.log_odds(_of_rows(states, rows)) >= self._least_log_odds
         ids = _of_rows(ids, rows)
         return stands & self._judges[ids.clamp(min=0)] & (ids >= 0)

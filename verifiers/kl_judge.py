@@ -23,10 +23,11 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins.context import EngineContext
+from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput, token_acceptance
-from vllm_spec_plugins.vocabulary_passes import divergence_of_rows
+from vllm_spec_plugins.vocabulary_passes import divergence_of_rows, is_compiled, near_laws
 
 
 class KLJudgeOptions(RelaxedOptions):
@@ -88,7 +89,10 @@ def near_draft_tokens(batch: VerifyInput, max_divergence: float) -> Tensor:
     """
     law = batch.draft_probabilities
     assert law is not None
-    p, q = batch.draft_token_probability.double(), batch.draft_law_of_token.double()
+    p, q, logits = batch.draft_token_probability, batch.draft_law_of_token, batch.target_logits
+    if is_compiled(logits) and is_compiled(law.values) and covers(law, logits):
+        return near_laws(logits, law.values, batch.draft_token_ids, p, q, max_divergence)
+    p, q = p.double(), q.double()
     undecided = (p < q) & batch.allowed
     if law.sampled is not None:
         undecided &= law.sampled
@@ -101,6 +105,11 @@ def near_draft_tokens(batch: VerifyInput, max_divergence: float) -> Tensor:
     return near
 
 
+def covers(law: DraftProbabilities, logits: Tensor) -> bool:
+    """Whether the draft's law is a table like the target's."""
+    return law.vocabulary is None and law.values.shape == logits.shape
+
+
 def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
     """`[M]` KL(p || q) at some of the N rows; infinite where q misses a token p has.
 
@@ -111,7 +120,7 @@ def divergence(batch: VerifyInput, rows: Tensor) -> Tensor:
     law = batch.draft_probabilities
     assert law is not None
     logits, shift = batch.target_logits, batch.target_log_normaliser_at(rows)
-    if law.vocabulary is None and law.values.shape == logits.shape:
+    if covers(law, logits):
         return divergence_of_rows(logits, law.values, rows, shift)
     q = law.dense(rows, batch.draft_token_ids[rows], logits.shape[1])
     every = torch.arange(len(rows), device=rows.device)

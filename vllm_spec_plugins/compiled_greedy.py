@@ -23,7 +23,7 @@ from .compiled_rows import MAXIMUM_OF
 
 #: Spans whose largest logit is so far below the row's (in nats) are bounded, not summed.
 _FAR = np.float32(4)
-#: Bounds decide what is further from them than rounding is.
+#: By how much more than rounding bounds are put apart.
 _ROUNDING = np.float32(1e-4)
 
 
@@ -128,8 +128,14 @@ def _same_request(row, end, lengths, request):
 
 
 @numba.njit(inline="always")
+def _least_sum(maxima, shift):
+    """Least that the sum of exp(l - shift) of a row can be: that of its largest logits."""
+    return sum_of_exponentials(maxima, shift) * (ONE - _ROUNDING)
+
+
+@numba.njit(inline="always")
 def _sum_bounds(row, maxima, shift):
-    """Least and most that the sum of exp(l - shift) can be; none is above the shift."""
+    """The same, nearer, and the most that it can be: spans of large logits are summed."""
     least = most = ZERO
     for span in range(len(maxima)):
         distance = maxima[span] - shift
@@ -141,7 +147,7 @@ def _sum_bounds(row, maxima, shift):
             near = sum_of_exponentials(row[start : start + MAXIMUM_OF], shift)
             least += near
             most += near
-    return least, most
+    return least * (ONE - _ROUNDING), most * (ONE + _ROUNDING)
 
 
 @numba.njit(inline="always")
@@ -172,13 +178,12 @@ def likely_enough(asked, least_log_probability, stands):
             continue
         logits = asked.logits[row]
         own, best = logits[asked.drafted[row]], logits[asked.likeliest[row]]
-        # log of the most that the sum may be, in units of the most likely token.
-        room = own - best - least_log_probability
-        if room >= -_ROUNDING:
+        # The most that the sum may be, in units of the most likely token.
+        room = np.exp(own - best - least_log_probability)
+        if room >= _least_sum(asked.maxima[row], best):
             least, most = _sum_bounds(logits, asked.maxima[row], best)
-            if room >= np.log(most) + _ROUNDING:
-                stands[i] = True
-            elif room >= np.log(least) - _ROUNDING:
+            stands[i] = room >= most
+            if least <= room < most:
                 total = sum_of_exponentials(logits, best)
                 stands[i] = own >= np.log(total) + best + least_log_probability
         goes_on = stands[i]
@@ -199,12 +204,12 @@ def among_the_best(asked, k, delta, stands):
         logits, maxima = asked.logits[row], asked.maxima[row]
         own, best = logits[asked.drafted[row]], logits[asked.likeliest[row]]
         ratio = np.exp(own - best)
-        # In units of the most likely token. The two alone have at least 1 + ratio.
-        near = ONE - ratio <= delta * (ONE + ratio)
+        # In units of the most likely token.
+        near = ONE - ratio <= delta * _least_sum(maxima, best)
         if not near:
             least, most = _sum_bounds(logits, maxima, best)
-            near = ONE - ratio <= delta * least * (ONE - _ROUNDING)
-            if not near and ONE - ratio <= delta * most * (ONE + _ROUNDING):
+            near = ONE - ratio <= delta * least
+            if not near and ONE - ratio <= delta * most:
                 total = np.log(sum_of_exponentials(logits, best))
                 near = np.exp(best - (total + best)) * (ONE - ratio) <= delta
         stands[i] = near and _fewer_above(logits, maxima, own, k)
@@ -292,14 +297,15 @@ def wins_with_neighbours(asked, neighbours, first, budget, factor, stands):
             stands[i] = _borrows_enough(logits, neighbours[code], best, own, (factor - ONE) * own)
         else:
             # Budgets grow with the sum, and what may be borrowed with them.
-            least, most = _sum_bounds(logits, asked.maxima[row], best)
-            least, most = budget * least * (ONE - _ROUNDING), budget * most * (ONE + _ROUNDING)
-            could = own + most >= ONE
-            could = could and _borrows_enough(logits, neighbours[code], best, own, most)
-            stands[i] = could and _borrows_enough(logits, neighbours[code], best, own, least)
-            if could and not stands[i]:
-                total = budget * sum_of_exponentials(logits, best)
-                stands[i] = _borrows_enough(logits, neighbours[code], best, own, total)
+            near, maxima = neighbours[code], asked.maxima[row]
+            least = budget * _least_sum(maxima, best)
+            stands[i] = own + least >= ONE and _borrows_enough(logits, near, best, own, least)
+            if not stands[i]:
+                most = budget * _sum_bounds(logits, maxima, best)[1]
+                could = own + most >= ONE and _borrows_enough(logits, near, best, own, most)
+                if could:
+                    total = budget * sum_of_exponentials(logits, best)
+                    stands[i] = _borrows_enough(logits, near, best, own, total)
         goes_on = stands[i]
 
 

@@ -15,6 +15,8 @@ from .compiled_arithmetic import LEAST, LEAST_LOG, ZERO, compiled, exp, log, sum
 
 #: Columns looked at together, to see whether any of them matters.
 _SPAN = 32
+#: A probability below this may have lost digits.
+FEW_DIGITS = 1e-30
 #: Columns whose largest logit is kept, by `argmax_and_maxima`.
 MAXIMUM_OF = 128
 #: Their bits; those of what is no number are above.
@@ -77,29 +79,93 @@ def exponential_sums(logits, rows, shifts, sums):
         sums[i] = sum_of_exponentials(logits[rows[i]], shifts[i])
 
 
+@numba.njit(inline="always")
+def _log_normaliser(row, token, probability):
+    """log sum exp of a row, from the softmax at one token if that has its digits."""
+    if probability >= FEW_DIGITS:
+        return row[token] - np.log(probability)
+    largest = row.max()
+    return largest + np.log(sum_of_exponentials(row, largest))
+
+
+@numba.njit(inline="always")
+def _entropy(row, log_normaliser):
+    total = ZERO
+    for column in range(row.shape[0]):
+        log_p = max(row[column] - log_normaliser, LEAST_LOG)
+        total -= exp(log_p) * log_p
+    return total
+
+
+@numba.njit(inline="always")
+def _divergence(row, law, log_normaliser):
+    total = missed = ZERO
+    for column in range(row.shape[0]):
+        log_p = max(row[column] - log_normaliser, LEAST_LOG)
+        p = exp(log_p)
+        total += p * (log_p - log(max(law[column], LEAST)))
+        missed += ZERO if law[column] > ZERO or log_p <= LEAST_LOG else p
+    return np.inf if missed > ZERO else total
+
+
 @compiled
 def entropies(logits, rows, log_normalisers, result):
     """Entropy of some rows' softmax, in nats."""
     for i in range(len(rows)):
-        row, shift, total = logits[rows[i]], log_normalisers[i], ZERO
-        for column in range(row.shape[0]):
-            log_p = max(row[column] - shift, LEAST_LOG)
-            total -= exp(log_p) * log_p
-        result[i] = total
+        result[i] = _entropy(logits[rows[i]], log_normalisers[i])
+
+
+@compiled
+def entropies_up_to(logits, token_ids, probability, up_to, result):
+    """The same of rows in which one token's probability is not above a bar; 0 of others.
+
+    Args:
+        logits: `[rows, V]`.
+        token_ids: `[rows]`.
+        probability: `[rows]` softmax at that token.
+        up_to: The bar.
+        result: `[rows]`. Filled.
+    """
+    for i in range(len(logits)):
+        result[i] = ZERO
+        if not probability[i] > up_to:  # what is no number is looked at
+            row = logits[i]
+            result[i] = _entropy(row, _log_normaliser(row, token_ids[i], probability[i]))
 
 
 @compiled
 def divergences(logits, law, rows, log_normalisers, result):
     """KL of some rows' softmax to the same rows of a law; infinite where that misses a token."""
     for i in range(len(rows)):
-        row, q, shift = logits[rows[i]], law[rows[i]], log_normalisers[i]
-        total = missed = ZERO
-        for column in range(row.shape[0]):
-            log_p = max(row[column] - shift, LEAST_LOG)
-            p = exp(log_p)
-            total += p * (log_p - log(max(q[column], LEAST)))
-            missed += ZERO if q[column] > ZERO or log_p <= LEAST_LOG else p
-        result[i] = np.inf if missed > ZERO else total
+        result[i] = _divergence(logits[rows[i]], law[rows[i]], log_normalisers[i])
+
+
+@compiled
+def near_laws(logits, law, token_ids, probability, draft_probability, bound, near):
+    """`near_draft_tokens` of `kl_judge`: tokens the draft finds likelier, where KL is small.
+
+    Args:
+        logits: `[rows, V]`.
+        law: `[rows, V]` the draft's.
+        token_ids: `[rows]`; -1 where there is no token, which the draft finds no likelier.
+        probability: `[rows]` softmax at that token.
+        draft_probability: `[rows]` the law at that token; 1 where it was chosen.
+        bound: Largest KL of what is near, in nats.
+        near: `[rows]` bool. Filled.
+    """
+    for i in range(len(logits)):
+        row, token = logits[i], token_ids[i]
+        p, q = np.float64(probability[i]), np.float64(draft_probability[i])
+        near[i] = False
+        if not p < q or not row[token] > -np.inf:
+            continue
+        # KL between "it is x" under p and under q: at most that of the laws. Infinite for q = 1.
+        binary = (1 - p) * np.log((1 - p) / (1 - q))
+        if p > 0:
+            binary += p * np.log(p / q)
+        if binary <= bound:
+            log_normaliser = _log_normaliser(row, token, probability[i])
+            near[i] = _divergence(row, law[i], log_normaliser) <= bound
 
 
 @compiled
@@ -212,14 +278,16 @@ def keep_share_of_clusters(weights, p, first, cluster_of, num_clusters):
 
 
 @compiled
-def scores_at_least(states, rows, token_ids, counts, weight, bias, least, stands):
+def scores_at_least(states, rows, lengths, token_ids, counts, weight, bias, least, stands):
     """Whether a linear score of some rows reaches a bar, of tokens that count.
 
     A row's score does not depend on which others are asked for.
 
     Args:
         states: `[N, H]`.
-        rows: `[M]`.
+        rows: `[M]`, rising.
+        lengths: `[R]` rows of each request, in which those behind one that does not reach the bar
+            are not looked at and do not either; empty: all are looked at.
         token_ids: `[N]`; -1: no token.
         counts: `[V]` bool.
         weight: `[H]`.
@@ -227,10 +295,16 @@ def scores_at_least(states, rows, token_ids, counts, weight, bias, least, stands
         least: The bar.
         stands: `[M]` bool. Filled.
     """
+    end, request, goes_on = 0, -1, True
     for i in range(len(rows)):
         state, token, score = states[rows[i]], token_ids[rows[i]], bias
-        stands[i] = token >= 0 and counts[token]
+        while len(lengths) and rows[i] >= end:
+            request += 1
+            end += lengths[request]
+            goes_on = True
+        stands[i] = goes_on and token >= 0 and counts[token]
         if stands[i]:
             for column in range(len(weight)):
                 score += state[column] * weight[column]
             stands[i] = score >= least
+        goes_on = stands[i] or not len(lengths)

@@ -71,10 +71,11 @@ def probability_and_entropy(
     column = token_ids.unsqueeze(1)
     if is_compiled(logits):
         probability = probability_of(logits, token_ids)
-        rows = (~(probability > up_to)).nonzero().squeeze(1)  # what is no number is looked at
-        shift = log_normaliser_from(logits, rows, token_ids[rows], probability[rows])
-        entropy = torch.zeros_like(probability)
-        return probability, entropy.index_copy_(0, rows, entropy_of_rows(logits, rows, shift))
+        entropy = torch.empty_like(probability)
+        kernels().entropies_up_to(
+            logits.detach().numpy(), token_ids.numpy(), probability.numpy(), up_to, entropy.numpy()
+        )
+        return probability, entropy.clamp_(min=0)
     probability, mean = logits.new_empty(len(logits)), logits.new_zeros(len(logits))
     law = logits.new_empty(0)
     for block in row_blocks(len(logits), logits):
@@ -158,6 +159,67 @@ def divergence_of_rows(logits: Tensor, law: Tensor, rows: Tensor, log_normaliser
         log_p.clamp_(min=torch.finfo(p.dtype).min)
         result[block] = torch.linalg.vecdot(p, log_p) - torch.special.xlogy(p, q).sum(dim=-1)
     return result
+
+
+def near_laws(
+    logits: Tensor,
+    law: Tensor,
+    token_ids: Tensor,
+    probability: Tensor,
+    draft_probability: Tensor,
+    bound: float,
+) -> Tensor:
+    """`[rows]` bool: tokens the draft finds likelier, in rows where the KL to its law is small.
+
+    Args:
+        logits: `[rows, V]`, for which `is_compiled`.
+        law: `[rows, V]`, the same.
+        token_ids: `[rows]` int64; -1: none, and not near.
+        probability: `[rows]` softmax at that token.
+        draft_probability: `[rows]` the law at that token; 1 where it was chosen, and is not near.
+        bound: Largest KL of softmax to law, in nats.
+    """
+    near = torch.empty_like(token_ids, dtype=torch.bool)
+    kernels().near_laws(
+        logits.detach().numpy(), law.detach().numpy(), token_ids.numpy(), probability.numpy(),
+        draft_probability.numpy(), bound, near.numpy(),
+    )  # fmt: skip
+    return near
+
+
+def scores_at_least(
+    states: Tensor,
+    rows: Tensor | None,
+    lengths: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    bias: float,
+    least: float,
+) -> Tensor:
+    """`[M]` bool: a linear score of some rows, `state @ weight + bias`, reaches a bar.
+
+    A row's score does not depend on which others are asked for.
+
+    Args:
+        states: `[N, H]`, for which `is_single`.
+        rows: `[M]` int64, rising, some of the N. None: all.
+        lengths: `[R]` int64, how many of the N each request has. Of some rows, those behind one of
+            the same request that does not reach the bar are not looked at: False.
+        token_ids: `[N]` int64; -1: none, and False.
+        counts: `[V]` bool, tokens that count; False for others.
+        weight: `[H]` float32.
+        bias: Added.
+        least: The bar.
+    """
+    if rows is None:
+        rows, lengths = torch.arange(len(states)), lengths[:0]
+    stands = torch.empty_like(rows, dtype=torch.bool)
+    kernels().scores_at_least(
+        states.detach().numpy(), rows.numpy(), lengths.numpy(), token_ids.numpy(), counts.numpy(),
+        weight.numpy(), np.float32(bias), np.float32(least), stands.numpy(),
+    )  # fmt: skip
+    return stands
 
 
 def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
