@@ -42,58 +42,6 @@ ADAPTIVE = {"name": "adaptive_draft_length", "k_min": 1, "delta": 1}
 Begun = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def begun_as(tmp_path_factory: pytest.TempPathFactory) -> Begun:
-    """`begun_as(llama_folder, pattern)`: folder of a drafter with a causal model's weights.
-
-    With a `target` it makes a little of that model's hidden states, after all layers but the last.
-    """
-    from safetensors.torch import load_file, save_file
-
-    def begun_as(source: Path, pattern: str = "block", target: Path | None = None) -> str:
-        import torch
-
-        from vllm_spec_plugins.diffusion.conditioning import TargetStates
-        from vllm_spec_plugins.diffusion.folder import PROBE
-        from vllm_spec_plugins.weight_probes import read_probes
-
-        config = json.loads((source / "config.json").read_text())
-        config |= {
-            "architectures": ["DiffusionDrafter"],
-            "rope_theta": 10000.0,
-            "mask_token_id": config["vocab_size"],
-            "attention_pattern": pattern,
-            "predicts": "next_token",
-        }
-        config.pop("rope_parameters", None)
-        weights = load_file(source / "model.safetensors")
-        embedding = weights["model.embed_tokens.weight"]
-        mask = embedding.mean(dim=0, keepdim=True)
-        weights["model.embed_tokens.weight"] = torch.cat([embedding, mask])
-        if target is not None:
-            sizes = json.loads((target / "config.json").read_text())
-            layers, width = sizes["num_hidden_layers"], sizes["hidden_size"]
-            states = TargetStates(target.name, None, layers, width, tuple(range(1, layers)))
-            config["conditioned_on"] = states.as_json()
-            hidden = config["hidden_size"]
-            spread = 0.1 * embedding.std() / (len(states.layers) * width) ** 0.5
-            generator = torch.Generator().manual_seed(1)
-            added = torch.randn(hidden, len(states.layers) * width, generator=generator) * spread
-            weights["target_states.projection.weight"] = added
-            weights["target_states.unknown"] = torch.randn(hidden, generator=generator) * spread
-            probes = read_probes(target, layers)
-            weights |= {PROBE + name: probe for name, probe in probes.items()}
-        folder = tmp_path_factory.mktemp("drafter")
-        save_file(weights, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config))
-        tokenizer = source / "tokenizer.json"
-        text = tokenizer.read_text() if tokenizer.exists() else "{}"
-        (folder / "tokenizer.json").write_text(text)
-        return str(folder)
-
-    return begun_as
-
-
 def config_of(model: str, **options: Any) -> dict[str, Any]:
     return {"method": "diffusion", "model": model, "num_speculative_tokens": 4, **options}
 
