@@ -245,14 +245,15 @@ def serve_narrow(serve_offline: Callable[..., Any], narrow: Narrow) -> Callable[
     @contextmanager
     def serve(speculative_config: Any = None, **engine_args: Any) -> Iterator[Any]:
         if speculative_config is not None:
-            files = {"RANKED": narrow.ranked, "TWO LISTS": narrow.two_lists}
-            vocabulary = speculative_config["draft_vocabulary"]
             speculative_config = {
                 "model": str(narrow.draft),
                 "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
                 **speculative_config,
-                "draft_vocabulary": {**vocabulary, "file": files[vocabulary["file"]]},
             }
+            if vocabulary := speculative_config.get("draft_vocabulary"):
+                files = {"RANKED": narrow.ranked, "TWO LISTS": narrow.two_lists}
+                named = {**vocabulary, "file": files[vocabulary["file"]]}
+                speculative_config["draft_vocabulary"] = named
         with serve_offline(
             speculative_config,
             model=str(narrow.target),
@@ -268,10 +269,16 @@ def serve_narrow(serve_offline: Callable[..., Any], narrow: Narrow) -> Callable[
 
 
 @pytest.fixture(scope="module")
-def law(serve_narrow: Any, exact_law: Any) -> Tensor:
-    """`[V, V, V]` exact joint law of the first three tokens after `PROMPT`, at temperature 1."""
+def plain_narrow(serve_narrow: Any) -> Iterator[Any]:
+    """An engine that serves the target of 16 tokens without drafts."""
     with serve_narrow(logprobs_mode="processed_logprobs", max_logprobs=NARROW) as llm:
-        joint = exact_law(llm, PROMPT, {"temperature": 1.0})
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def law(plain_narrow: Any, exact_law: Any) -> Tensor:
+    """`[V, V, V]` exact joint law of the first three tokens after `PROMPT`, at temperature 1."""
+    joint = exact_law(plain_narrow, PROMPT, {"temperature": 1.0})
     # The test is about tokens that the draft cannot name: they must matter.
     assert 0.1 < float(joint.sum((0, 2))[OFF_VOCABULARY].sum()) < 0.9
     return joint
@@ -342,18 +349,40 @@ def test_the_law_is_the_targets(
     assert tally["drafted"] - tally["accepted"] > 0.1 * len(texts)
 
 
-def test_requests_of_every_kind_in_one_batch(serve_narrow: Any, law: Tensor, generate: Any) -> None:
+def test_requests_of_every_kind_in_one_batch(
+    serve_narrow: Any, plain_narrow: Any, law: Tensor, generate: Any
+) -> None:
     """Greedy requests beside drawn ones, each as if alone."""
     count = 2000
     prompts = [{"prompt_token_ids": PROMPT}] * (2 * count)
     kinds = [{"temperature": 1.0}, {"temperature": 0.0}] * count
-    with serve_narrow() as llm:
-        [greedy] = generate(llm, prompts[:1], max_tokens=LENGTH)
+    [greedy] = generate(plain_narrow, prompts[:1], max_tokens=LENGTH)
     with serve_narrow(CONFIGURATIONS["two lists, dynamic"]) as llm:
         texts = generate(llm, prompts, max_tokens=LENGTH, each=kinds)
     assert all(text == greedy for text in texts[1::2])
     found = fits(texts[::2], law)
     assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
+
+
+def report_wrongly(drafter: Any, wrong: str) -> None:
+    """The law of its drafts is reported "flattened", or "of other tokens"."""
+    import torch
+
+    from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+
+    reported = drafter.law
+
+    def wrongly(*args: Any) -> Any:
+        right = reported(*args)
+        if right is None:
+            return None
+        if wrong == "flattened":
+            values = torch.softmax(right.values.sqrt(), dim=-1)
+            return DraftProbabilities(values, right.vocabulary, right.sampled)
+        shifted = (right.vocabulary + 1).clamp(max=NARROW - 1)
+        return DraftProbabilities(right.values, shifted, right.sampled)
+
+    drafter.law = wrongly
 
 
 @pytest.mark.parametrize(
@@ -363,25 +392,8 @@ def test_a_wrong_law_is_noticed(
     wrong: str, serve_narrow: Any, law: Tensor, generate: Any, adapter_of: Any
 ) -> None:
     """Negative control: the law reported is not the one the drafts were drawn from."""
-    import torch
-
-    from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-
     with serve_narrow(CONFIGURATIONS["drawn, token"]) as llm:
-        drafter = adapter_of(llm)._ranked
-        reported = drafter.law
-
-        def wrongly(*args: Any) -> Any:
-            right = reported(*args)
-            if right is None:
-                return None
-            if wrong == "flattened":
-                values = torch.softmax(right.values.sqrt(), dim=-1)
-                return DraftProbabilities(values, right.vocabulary, right.sampled)
-            shifted = (right.vocabulary + 1).clamp(max=NARROW - 1)
-            return DraftProbabilities(right.values, shifted, right.sampled)
-
-        drafter.law = wrongly
+        report_wrongly(adapter_of(llm)._ranked, wrong)
         found = fits(sample(llm, generate), law)
     assert failures(found, FALSE_ALARM), "\n".join(map(str, found))
 
@@ -447,6 +459,143 @@ def test_the_law_under_a_grammar(
     assert p_value(ranked) > FALSE_ALARM
     # Negative control: drawn drafts, of which the grammar drops some.
     assert p_value(drawn) < FALSE_ALARM
+
+
+# EAGLE heads.
+
+
+@pytest.fixture(scope="module")
+def eagle_heads(narrow: Narrow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of random heads for the target of 16 tokens.
+
+    "eagle" reads the target's last hidden states and has no output head: vLLM lends it the
+    target's. "eagle3" reads three layers and has an output head over the target's tokens;
+    "own vocabulary" is the same with an output head over the tokens `DRAFTED` alone.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((narrow.target / "config.json").read_text())
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    key_size = config["num_key_value_heads"] * config["head_dim"]
+    generator = torch.Generator().manual_seed(0)
+
+    def weights(rows: int, columns: int, std: float = 0.12) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * std
+
+    def layer(input_size: int) -> dict[str, Tensor]:
+        return {
+            "self_attn.q_proj": weights(hidden, input_size),
+            "self_attn.k_proj": weights(key_size, input_size),
+            "self_attn.v_proj": weights(key_size, input_size),
+            "self_attn.o_proj": weights(hidden, hidden),
+            "mlp.gate_proj": weights(ffn, hidden),
+            "mlp.up_proj": weights(ffn, hidden),
+            "mlp.down_proj": weights(hidden, ffn),
+            "post_attention_layernorm": torch.ones(hidden),
+        }
+
+    eagle = {"fc": weights(hidden, 2 * hidden)}
+    eagle |= {f"layers.0.{name}": part for name, part in layer(hidden).items()}
+    eagle3 = {
+        "fc": weights(hidden, 3 * hidden),
+        "lm_head": weights(NARROW, hidden, std=0.24),
+        "norm": torch.ones(hidden),
+        "midlayer.hidden_norm": torch.ones(hidden),
+        "midlayer.input_layernorm": torch.ones(hidden),
+        **{f"midlayer.{name}": part for name, part in layer(2 * hidden).items()},
+    }
+    some = torch.tensor(DRAFTED)
+    some_rows = {**eagle3, "lm_head": eagle3["lm_head"][some]}
+    three_layers = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    folders = {}
+    for name, parts, own in [
+        ("eagle", eagle, {}),
+        ("eagle3", eagle3, three_layers),
+        ("own vocabulary", some_rows, {**three_layers, "draft_vocab_size": len(DRAFTED)}),
+    ]:
+        folder = tmp_path_factory.mktemp("head")
+        tensors = {f"{part}.weight": values for part, values in parts.items()}
+        if "draft_vocab_size" in own:
+            tensors["d2t"] = some - torch.arange(len(some))
+        save_file(tensors, folder / "model.safetensors")
+        changed = {**config, "num_hidden_layers": 1, **own}
+        (folder / "config.json").write_text(json.dumps(changed))
+        folders[name] = str(folder)
+    return folders
+
+
+def watch_drafted(adapter: Any) -> set[int]:
+    """The tokens it drafts from now on."""
+    drafted: set[int] = set()
+    passed_on = adapter._limit_vllm_drafts
+
+    def watched(drafts: Any) -> Any:
+        drafted.update(drafts.flatten().tolist())
+        return passed_on(drafts)
+
+    adapter._limit_vllm_drafts = watched
+    return drafted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_heads_on_the_targets_hidden_states(
+    method: str,
+    eagle_heads: dict[str, str],
+    serve_narrow: Any,
+    plain_narrow: Any,
+    law: Tensor,
+    generate: Any,
+    adapter_of: Any,
+    drafted_by: Any,
+) -> None:
+    """Greedy text, what is drafted, the law; and a negative control on the same engine."""
+    config = {**DRAWN, "method": method, "model": eagle_heads[method], "draft_vocabulary": RANKED}
+    prompts = [{"prompt_token_ids": PROMPT[:length]} for length in range(3, len(PROMPT))]
+    with serve_narrow(config) as llm:
+        drafted = watch_drafted(adapter_of(llm))
+        assert generate(llm, prompts) == generate(plain_narrow, prompts)
+        texts = sample(llm, generate)
+        [((proposer, verifier), tally)] = drafted_by(llm).items()
+        report_wrongly(adapter_of(llm)._ranked, "flattened")
+        wrong = fits(sample(llm, generate), law)
+    assert (proposer, verifier) == (method, "lossless")
+    assert drafted == set(DRAFTED)
+    found = fits(texts, law)
+    assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
+    assert failures(wrong, FALSE_ALARM), "\n".join(map(str, wrong))
+    # The test would pass if nothing was drafted, or all of it accepted.
+    assert tally["accepted"] > 0.1 * len(texts)
+    assert tally["drafted"] - tally["accepted"] > 0.1 * len(texts)
+
+
+@pytest.mark.slow
+def test_a_head_with_a_vocabulary_of_its_own(
+    eagle_heads: dict[str, str],
+    serve_narrow: Any,
+    law: Tensor,
+    generate: Any,
+    adapter_of: Any,
+    drafted_by: Any,
+) -> None:
+    """It is not ranked a second time, and is verified exactly without that."""
+    own = {**DRAWN, "method": "eagle3", "model": eagle_heads["own vocabulary"]}
+    refused = "a draft vocabulary of its own, 9 of the target's 16 tokens"
+    with (
+        pytest.raises(ConfigError, match=refused),
+        serve_narrow({**own, "draft_vocabulary": RANKED}),
+    ):
+        pass
+    with serve_narrow({**own, "verifier": "lossless"}) as llm:
+        drafted = watch_drafted(adapter_of(llm))
+        texts = sample(llm, generate)
+        [tally] = drafted_by(llm).values()
+    assert drafted == set(DRAFTED)
+    found = fits(texts, law)
+    assert not failures(found, FALSE_ALARM), "\n".join(map(str, found))
+    assert tally["accepted"] > 0.1 * len(texts)
+    assert tally["drafted"] - tally["accepted"] > 0.1 * len(texts)
 
 
 # Refusals.
