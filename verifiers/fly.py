@@ -17,7 +17,6 @@ text; the tokens in the window, accepted together, are not drawn from the target
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +36,7 @@ from vllm_spec_plugins.verifier import (
     exact_acceptance,
     leading_run,
 )
-from vllm_spec_plugins.vocabulary_passes import largest_entries
+from vllm_spec_plugins.vocabulary_passes import is_compiled, largest_entries, undecided_rows
 
 if TYPE_CHECKING:
     from vllm_spec_plugins.context import EngineContext, ModelFacts
@@ -171,27 +170,16 @@ class Fly(RelaxedRule):
         exact = self.exact_requests(batch)
         if exact is not None:
             among &= ~exact[batch.request_of]
-        if not batch.all_greedy:  # p(x) is known, and may be enough
-            among &= self._most_entropy(batch.draft_token_probability) >= (
-                self.options.entropy_threshold
-            )
-        rows = among.nonzero().squeeze(1)
         count = min(self.options.entropy_top_k, batch.target_logits.shape[1])
+        least = self.options.entropy_threshold
+        if is_compiled(batch.target_logits) and not batch.all_greedy:
+            ids, p = batch.draft_token_ids, batch.draft_token_probability
+            return undecided_rows(batch.target_logits, ids, p, among, count, least)
+        rows = among.nonzero().squeeze(1)
         best = largest_entries(batch.target_logits, rows, count)
         p = (best - batch.target_log_normaliser_at(rows).unsqueeze(1)).exp()
-        undecided = torch.special.entr(p).sum(dim=1) >= self.options.entropy_threshold
+        undecided = torch.special.entr(p).sum(dim=1) >= least
         return among.index_copy(0, rows, undecided)
-
-    def _most_entropy(self, p: Tensor) -> Tensor:
-        """`[N]` most entropy that the likeliest tokens can have beside one of probability p.
-
-        Equal shares of what is left have the most, or 1/e each where there is enough for that.
-        """
-        others = self.options.entropy_top_k - 1
-        share = (1 - p).clamp(min=0) / max(others, 1)
-        most = torch.special.entr(p) + others * torch.special.entr(share.clamp(max=1 / math.e))
-        # Only a token of one half is sure to be among the likeliest. Rounding is let pass.
-        return torch.where(p > 0.5, most + 1e-5, torch.inf)
 
     def _windows(self, batch: VerifyInput, values: Tensor) -> Tensor:
         """`[R, K+1, 1 + window]` each token's value and those after it, 0 past the draft's end."""

@@ -178,26 +178,67 @@ def counts_above(logits, rows, values, counts):
         counts[i] = count
 
 
+@numba.njit(inline="always")
+def _keep_largest(row, kept):
+    """Fill `kept` with the largest numbers of a row, falling."""
+    last = len(kept) - 1
+    kept[:] = -np.inf
+    for start in range(0, row.shape[0], _SPAN):
+        span, bar, hits = row[start : start + _SPAN], kept[last], np.int32(0)
+        for column in range(span.shape[0]):
+            hits += np.int32(span[column] > bar)
+        if hits == 0:
+            continue
+        for value in span:
+            if value > kept[last]:
+                place = last
+                while place > 0 and kept[place - 1] < value:
+                    kept[place] = kept[place - 1]
+                    place -= 1
+                kept[place] = value
+
+
 @compiled
 def largest_entries(logits, rows, best):
     """The largest logits of some rows, falling: as many as `best`, `[M, k]`, is wide."""
-    last = best.shape[1] - 1
     for i in range(len(rows)):
-        row, kept = logits[rows[i]], best[i]
-        kept[:] = -np.inf
-        for start in range(0, row.shape[0], _SPAN):
-            span, bar, hits = row[start : start + _SPAN], kept[last], np.int32(0)
-            for column in range(span.shape[0]):
-                hits += np.int32(span[column] > bar)
-            if hits == 0:
+        _keep_largest(logits[rows[i]], best[i])
+
+
+@numba.njit(inline="always")
+def _entropy_term(p):
+    return -p * np.log(p) if p > ZERO else ZERO
+
+
+@compiled
+def undecided_rows(logits, token_ids, probability, among, count, least, undecided):
+    """Whether the `count` largest of a softmax, as they are, have at least so much entropy.
+
+    Args:
+        logits: `[rows, V]`.
+        token_ids: `[rows]`.
+        probability: `[rows]` softmax at that token.
+        among: `[rows]` bool, those that are asked about; False of others.
+        count: Of numbers.
+        least: The bar, in nats.
+        undecided: `[rows]` bool. Filled.
+    """
+    kept, others = np.empty(count, np.float32), count - 1
+    for i in range(len(logits)):
+        p = np.float64(probability[i])
+        undecided[i] = False
+        if not among[i]:
+            continue
+        if p > 0.5:  # surely among the largest: most entropy if the others share what is left
+            share = min((1 - p) / max(others, 1), np.exp(-1.0))
+            if _entropy_term(p) + others * _entropy_term(share) + 1e-5 < least:
                 continue
-            for value in span:
-                if value > kept[last]:
-                    place = last
-                    while place > 0 and kept[place - 1] < value:
-                        kept[place] = kept[place - 1]
-                        place -= 1
-                    kept[place] = value
+        row = logits[i]
+        _keep_largest(row, kept)
+        log_normaliser, entropy = _log_normaliser(row, token_ids[i], probability[i]), ZERO
+        for value in kept:
+            entropy += _entropy_term(np.exp(value - log_normaliser))
+        undecided[i] = entropy >= least
 
 
 @compiled

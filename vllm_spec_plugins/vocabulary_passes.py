@@ -187,6 +187,32 @@ def near_laws(
     return near
 
 
+def undecided_rows(
+    logits: Tensor,
+    token_ids: Tensor,
+    probability: Tensor,
+    among: Tensor,
+    count: int,
+    least: float,
+) -> Tensor:
+    """`[rows]` bool: the `count` largest of a softmax, as they are, have at least so much entropy.
+
+    Args:
+        logits: `[rows, V]`, for which `is_compiled`.
+        token_ids: `[rows]` int64.
+        probability: `[rows]` softmax at that token.
+        among: `[rows]` bool, those that are asked about; False of others.
+        count: At most V.
+        least: In nats.
+    """
+    undecided = torch.empty_like(among)
+    kernels().undecided_rows(
+        logits.detach().numpy(), token_ids.numpy(), probability.numpy(), among.numpy(), count,
+        least, undecided.numpy(),
+    )  # fmt: skip
+    return undecided
+
+
 def scores_at_least(
     states: Tensor,
     rows: Tensor | None,
