@@ -29,6 +29,7 @@ OPERATIONS = ("_local_scalar_dense", "masked_select", "nonzero")
 INDEXING = ("index", "index_put", "index_put_")
 OURS = (
     "acme_spec_methods",
+    "diffusion",
     "engine",
     "proposers",
     "triton_kernels",
@@ -190,6 +191,32 @@ def test_a_ranked_vocabulary_does_not_wait(
     file = write_ranked(tmp_path / "ranked", 16, {"all": range(12)})
     with serve_v2({**EARLY_EXIT, "draft_vocabulary": file}) as llm:
         assert not waits_of_a_step(llm, monkeypatch, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"denoising_steps": 2, "block_size": 5, "verifier": BLOCK}, marks=pytest.mark.slow
+        ),
+        pytest.param({"pattern": "full", "context_window": 6}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("asynchronous")
+def test_a_diffusion_drafter_does_not_wait(
+    options: dict[str, Any],
+    serve_v2: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    begun_as: Callable[..., str],
+    narrow_models: tuple[Path, Path],
+) -> None:
+    model = begun_as(narrow_models[1], options.get("pattern", "block"))
+    others = {name: value for name, value in options.items() if name != "pattern"}
+    config = {"method": "diffusion", "model": model, "num_speculative_tokens": 3, **others}
+    with serve_v2(config) as llm:
+        assert not waits_of_a_step(llm, monkeypatch, temperature=(0.0, 1.0, 0.7))
 
 
 def test_requests_of_several_verifiers_are_picked_without_waiting(

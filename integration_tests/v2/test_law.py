@@ -48,6 +48,15 @@ ASYNCHRONOUS = {
     "early_exit, token": EARLY_EXIT,
     "early_exit, block": {**EARLY_EXIT, "verifier": BLOCK},
     "early_exit, ranked": {**EARLY_EXIT, "draft_vocabulary": "RANKED"},
+    "diffusion, token": {"method": "diffusion", "model": "DRAFTER", **_DRAFTS},
+    "diffusion, two steps, compact, block": {
+        "method": "diffusion",
+        "model": "DRAFTER",
+        "denoising_steps": 2,
+        "draft_top_k": 5,
+        "verifier": BLOCK,
+        **_DRAFTS,
+    },
     "on the device, token": ON_DEVICE,
     "on the device, block": {**ON_DEVICE, "verifier": BLOCK},
     "draft_model of vLLM, token": {**DRAFT_MODEL, "verifier": "lossless"},
@@ -127,6 +136,8 @@ def test_the_law_is_the_targets_under_asynchronous_scheduling(
     generate: Any,
     drafted_by: Any,
     write_ranked: Any,
+    begun_as: Any,
+    narrow_models: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
     """The plugin's drafts have 0 to 3 tokens, by their place in the text; all are padded to 3."""
@@ -135,6 +146,8 @@ def test_the_law_is_the_targets_under_asynchronous_scheduling(
         # Tokens 12 to 15 are never drafted, and come from the residual distribution.
         file = write_ranked(tmp_path / "ranked", VOCABULARY, {"all": range(12)})
         config = {**config, "draft_vocabulary": file}
+    if config.get("model") == "DRAFTER":
+        config = {**config, "model": begun_as(narrow_models[1])}
     holds_to_the_law(config, many, law, generate, drafted_by)
 
 
