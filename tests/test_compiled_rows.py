@@ -38,6 +38,7 @@ from vllm_spec_plugins.vocabulary_passes import (
     is_compiled,
     largest_entries,
     log_normaliser_of_rows,
+    marks_above,
     near_laws,
 )
 
@@ -124,6 +125,14 @@ def test_exponentials_and_logarithms() -> None:
     x = np.exp(np.linspace(-87, 3, 4001)).astype(np.float32)
     found = np.array([compiled_arithmetic.log.py_func(value) for value in x])
     np.testing.assert_allclose(found, np.log(x.astype(np.float64)), rtol=2e-7, atol=2e-7)
+
+
+def test_marks_above_values(logits: Tensor) -> None:
+    values = logits[ROWS, 7]
+    values[2] = -torch.inf  # excluded tokens are not above it
+    expected = (logits[ROWS] > values.unsqueeze(1)).float()
+    for table in (logits, logits.double()):
+        assert torch.equal(marks_above(table, ROWS, values.to(table.dtype)), expected.to(table))
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])

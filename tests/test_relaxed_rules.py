@@ -315,6 +315,15 @@ def test_requests_over_their_limit_are_exact_and_the_others_are_not_touched(make
     assert float(extra[batch.request_of < half].max()) == 0
 
 
+def test_the_exact_acceptance_is_the_callers_to_change() -> None:
+    class InPlace(RelaxedRule):
+        def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
+            return token_acceptance(batch).fill_(1.0)
+
+    batch = step(law(0.1, 0.9).log(), [0], [1])
+    assert spend(InPlace(RelaxedOptions(), CONTEXT), batch) == pytest.approx([0.9])
+
+
 def test_a_finished_request_is_forgotten() -> None:
     rule = Everything(RelaxedOptions(max_total_variation=0.2), CONTEXT)
     batch = step(law(0.1, 0.9).log(), [0], [1])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
+from vllm_spec_plugins.vocabulary_passes import marks_above
 
 
 class TypicalOptions(RelaxedOptions):
@@ -52,10 +53,9 @@ class Typical(RelaxedRule):
         unknown = (batch.draft_token_probability[rows] > self.options.epsilon).nonzero().squeeze(1)
         if len(unknown):  # not after a rejection
             entropy[unknown] = batch.target_entropy[rows[unknown]]
-        logits = batch.target_logits.index_select(0, rows)
         # p > bar, in logits.
         bar = self._bar(entropy).log() + batch.target_log_normaliser_at(rows)
-        return logits.gt_(bar.unsqueeze(1))  # in place: 0 or 1, and a copy anyway
+        return marks_above(batch.target_logits, rows, bar)
 
     def _bar(self, entropy: Tensor) -> Tensor:
         """Probability above which a token stands."""

@@ -11,7 +11,16 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .compiled_arithmetic import LEAST, LEAST_LOG, ZERO, compiled, exp, log, sum_of_exponentials
+from .compiled_arithmetic import (
+    LEAST,
+    LEAST_LOG,
+    ONE,
+    ZERO,
+    compiled,
+    exp,
+    log,
+    sum_of_exponentials,
+)
 
 #: Columns looked at together, to see whether any of them matters.
 _SPAN = 32
@@ -166,6 +175,15 @@ def near_laws(logits, law, token_ids, probability, draft_probability, bound, nea
         if binary <= bound:
             log_normaliser = _log_normaliser(row, token, probability[i])
             near[i] = _divergence(row, law[i], log_normaliser) <= bound
+
+
+@compiled
+def marks_above(logits, rows, values, result):
+    """1 for logits of some rows above one value each, 0 for others: `[M, V]`."""
+    for i in range(len(rows)):
+        row, value, marks = logits[rows[i]], values[i], result[i]
+        for column in range(row.shape[0]):
+            marks[column] = ONE if row[column] > value else ZERO
 
 
 @compiled

@@ -481,9 +481,12 @@ def in_table(batch: VerifyInput, values: Tensor) -> Tensor:
 
 def token_acceptance(batch: VerifyInput) -> Tensor:
     """`[N]` min(1, p(x)/q(x)): Leviathan et al. 2211.17192, Chen et al. 2302.01318."""
-    p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
-    # A placeholder has p = q = 0 and is never accepted.
-    return torch.where(p < q, p / q, (p > 0).to(p.dtype))
+    if "_token_acceptance" not in batch.__dict__:
+        p, q = batch.draft_token_probability, batch.draft_law_of_token.to(batch.target_logits.dtype)
+        # A placeholder has p = q = 0 and is never accepted.
+        accept = torch.where(p < q, p / q, (p > 0).to(p.dtype))
+        batch.__dict__["_token_acceptance"] = accept
+    return batch.__dict__["_token_acceptance"].clone()  # callers may change theirs
 
 
 def exact_acceptance(batch: VerifyInput) -> Tensor:

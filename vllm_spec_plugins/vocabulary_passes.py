@@ -259,6 +259,15 @@ def largest_of_rows(logits: Tensor, rows: Tensor) -> Tensor:
     return torch.from_numpy(result)
 
 
+def marks_above(logits: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`[M, V]` 1 for logits of some rows above one value each, `[M]`, and 0 for others."""
+    if not is_compiled(logits):
+        return logits.index_select(0, rows).gt_(values.unsqueeze(1))
+    marks = logits.new_empty(len(rows), logits.shape[1])
+    kernels().marks_above(logits.detach().numpy(), rows.numpy(), values.numpy(), marks.numpy())
+    return marks
+
+
 def count_above(logits: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """`[M]` int64, how many logits of some rows are above one value each, `[M]`. As above."""
     if not is_compiled(logits):
