@@ -40,6 +40,7 @@ from vllm_spec_plugins.vocabulary_passes import (
     log_normaliser_of_rows,
     marks_above,
     near_laws,
+    possible,
 )
 
 VOCABULARY, FIRST, NEIGHBOURS, NUM_DRAFT = 3000, 1000, 6, 4
@@ -125,6 +126,16 @@ def test_exponentials_and_logarithms() -> None:
     x = np.exp(np.linspace(-87, 3, 4001)).astype(np.float32)
     found = np.array([compiled_arithmetic.log.py_func(value) for value in x])
     np.testing.assert_allclose(found, np.log(x.astype(np.float64)), rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_possible(logits: Tensor, dtype: torch.dtype) -> None:
+    ids = logits.argmax(dim=1)
+    ids[[1, 6]] = logits.argmin(dim=1)[[1, 6]]
+    ids[4] = -1
+    found = possible(logits.to(dtype), ids)
+    assert found.tolist() == [True, False, True, True, False, True, False, True]
+    assert possible(logits[:0].to(dtype), ids[:0]).tolist() == []
 
 
 def test_marks_above_values(logits: Tensor) -> None:

@@ -29,6 +29,7 @@ from .vocabulary_passes import (
     log_normaliser,
     log_normaliser_from,
     log_normaliser_of_rows,
+    possible,
     probability_and_entropy,
     probability_of,
 )
@@ -194,9 +195,7 @@ class VerifyInput:
     @cached_property
     def allowed(self) -> Tensor:
         """`[N]` bool, draft tokens the sampling options do not exclude; False for placeholders."""
-        column = self.draft_token_ids.clamp(min=0).unsqueeze(1)
-        logits = self.target_logits.gather(1, column).squeeze(1)
-        return (self.draft_token_ids >= 0) & (logits > -torch.inf)
+        return possible(self.target_logits, self.draft_token_ids)
 
     @cached_property
     def draft_token_probability(self) -> Tensor:
@@ -538,7 +537,7 @@ def unclaimed(
         left.scatter_add_(1, column, torch.where(ids >= 0, -share, 0))
     else:
         q = batch.draft_probabilities.dense(rows, ids.squeeze(1), left.shape[1]).to(left.dtype)
-        left -= q if f is None else q.mul_(f)
+        left = left.sub_(q) if f is None else left.addcmul_(q, f, value=-1)
     return left.clamp_(min=0)
 
 

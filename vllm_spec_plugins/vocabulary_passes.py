@@ -43,6 +43,15 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return result
 
 
+def possible(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """`[rows]` bool, whether one token per row is one (-1: none) and its logit is above -inf."""
+    if is_numpy(logits):  # whose small operations take a fraction of torch's
+        ids, table = token_ids.numpy(), logits.detach().numpy()
+        return torch.from_numpy((ids >= 0) & (table[np.arange(len(ids)), ids] > -np.inf))
+    own = logits.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return (token_ids >= 0) & (own > -torch.inf)
+
+
 def probability_of(logits: Tensor, token_ids: Tensor) -> Tensor:
     """`[rows]` softmax of `[rows, V]` logits at one token per row, `[rows]` int64."""
     result = logits.new_empty(len(logits))
