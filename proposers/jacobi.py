@@ -59,6 +59,7 @@ from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.vocabulary_passes import first_argmax
 
 from .jacobi_coupling import draw_fresh, draw_maximal, draw_race, law_of
+from .jacobi_device import JacobiOnDevice
 from .jacobi_drafts import Drafts, Places
 from .jacobi_filler import Filler, copy_from_above, tokens_above, uniform_law
 
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_spec_plugins.context import EngineContext, ModelFacts
+    from vllm_spec_plugins.device_drafting import DeviceDraft, DeviceDraftInput
 
 
 class JacobiOptions(ProposerOptions):
@@ -117,6 +119,15 @@ class Jacobi(Proposer):
         #: Drafts of the last step, and the row of each request in them, for maximal coupling.
         self._last: Drafts | None = None
         self._row_in_last: dict[str, int] = {}
+        self._on_device = JacobiOnDevice(
+            coupling=options.coupling,
+            filler=options.filler,
+            row_length=options.image_row_length,
+            codes=self._codes,
+            random=self._random,
+            uniform=self._uniform,
+            num_slots=context.max_num_requests,
+        )
 
     @classmethod
     def check(cls, options: ProposerOptions, facts: ModelFacts) -> None:
@@ -137,6 +148,15 @@ class Jacobi(Proposer):
     def keeps_rejected_drafts(cls, options: ProposerOptions) -> bool:
         assert isinstance(options, JacobiOptions)
         return options.coupling != "none"
+
+    @classmethod
+    def drafts_on_device(cls, options: ProposerOptions) -> bool:
+        del options
+        return True
+
+    @torch.inference_mode()
+    def propose_on_device(self, batch: DeviceDraftInput) -> DeviceDraft:
+        return self._on_device.propose(batch)
 
     @torch.inference_mode()
     def propose(self, batch: DraftInput) -> Draft:
@@ -233,21 +253,21 @@ class Jacobi(Proposer):
             return
         assert options.image_row_length is not None
         verified = tokens_above(
-            batch.token_history,
-            batch.rows,
-            batch.num_tokens,
+            torch.from_numpy(batch.token_history),
+            torch.from_numpy(batch.rows),
+            torch.from_numpy(batch.num_tokens),
             options.image_row_length,
             drafts.token_ids.shape[1],
         )
+        index = places.index(device)
+        empty = torch.zeros_like(drafts.token_ids, dtype=torch.bool)
+        empty[index] = True
+        chance = torch.zeros_like(drafts.token_ids)
+        chance[index] = random
         token_ids, is_random = copy_from_above(
-            text,
-            places,
-            torch.from_numpy(verified).to(device),
-            options.image_row_length,
-            random,
-            self._codes,
+            text, empty, verified.to(device), options.image_row_length, chance, self._codes
         )
-        drafts.put(places, token_ids, self._uniform, is_random & draws)
+        drafts.put(places, token_ids[index], self._uniform, is_random[index] & draws)
 
 
 def _codes(options: JacobiOptions, facts: ModelFacts) -> tuple[int, int]:

@@ -14,21 +14,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-
-from .jacobi_drafts import Places
 
 Filler = Literal["random", "repeat_left", "above"]
 
 
 def copy_from_above(
     text: Tensor,
-    places: Places,
+    empty: Tensor,
     verified: Tensor,
     row_length: int,
     random: Tensor,
@@ -37,53 +33,47 @@ def copy_from_above(
     """Filler `above`, column by column: what is filled may stand above what comes later.
 
     Args:
-        text: `[R, 1 + K]` int64, the last verified token and the draft; places are filled in.
-        places: n of the draft.
+        text: `[R, 1 + K]` int64, the last verified token and the draft.
+        empty: `[R, K]` bool, where the draft is to be filled.
         verified: `[R, K]` int64 from `tokens_above`.
         row_length: Tokens from a code to the one below it.
-        random: `[n]` int64 random tokens.
+        random: `[R, K]` int64 random tokens.
         codes: `[first, last + 1)` ids of image codes.
 
     Returns:
-        `[n]` int64 tokens, and `[n]` bool which of them are random.
+        `[R, K]` int64 the draft, and `[R, K]` bool which of what was filled in is random.
     """
-    draft, index = text[:, 1:], places.index(text.device)
-    empty = torch.zeros_like(draft, dtype=torch.bool)
-    empty[index] = True
-    chance = torch.zeros_like(draft)
-    chance[index] = random
+    text = text.clone()
+    draft = text[:, 1:]
     is_random = torch.zeros_like(empty)
-    for column in range(int(places.columns.min()), draft.shape[1]):
+    for column in range(draft.shape[1]):
         above = verified[:, column] if column < row_length else draft[:, column - row_length]
         left = text[:, column]
         has_above, has_left = ((t >= codes[0]) & (t < codes[1]) for t in (above, left))
-        filled = torch.where(has_left, left, chance[:, column])
+        filled = torch.where(has_left, left, random[:, column])
         filled = torch.where(has_above, above, filled)
         draft[:, column] = torch.where(empty[:, column], filled, draft[:, column])
-        is_random[:, column] = ~(has_above | has_left)
-    return draft[index], is_random[index]
+        is_random[:, column] = empty[:, column] & ~(has_above | has_left)
+    return draft, is_random
 
 
 def tokens_above(
-    token_history: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    num_tokens: NDArray[np.int64],
-    row_length: int,
-    width: int,
-) -> NDArray[np.int64]:
-    """`[R, width]` verified tokens a row of the image above each draft token; -1 = not verified.
+    texts: Tensor, rows: Tensor, num_tokens: Tensor, row_length: int, width: int
+) -> Tensor:
+    """`[R, width]` int64 verified tokens a row of the image above each draft token; -1 = none.
 
     Args:
-        token_history: As in `DraftInput`.
-        rows: `[R]`.
-        num_tokens: `[R]`.
+        texts: `[S, L]` int32, prompt and verified output.
+        rows: `[R]` int64, of each request in `texts`.
+        num_tokens: `[R]` int64.
         row_length: Tokens from a code to the one below it.
         width: Draft tokens.
     """
-    positions = num_tokens[:, None] + np.arange(width) - row_length
-    known = (positions >= 0) & (positions < num_tokens[:, None])
-    tokens = token_history[rows[:, None], np.where(known, positions, 0)]
-    return np.where(known, tokens, -1).astype(np.int64)
+    end = num_tokens.unsqueeze(1)
+    positions = end + torch.arange(width, device=texts.device) - row_length
+    known = (positions >= 0) & (positions < end)
+    tokens = texts[rows.unsqueeze(1), torch.where(known, positions, 0)]
+    return torch.where(known, tokens.long(), -1)
 
 
 def uniform_law(

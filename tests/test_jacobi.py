@@ -27,7 +27,6 @@ from vllm_spec_plugins.proposers.jacobi_coupling import (
     law_of,
     weights_of_others,
 )
-from vllm_spec_plugins.proposers.jacobi_drafts import Places
 from vllm_spec_plugins.proposers.jacobi_filler import copy_from_above, tokens_above, uniform_law
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
@@ -686,12 +685,12 @@ def test_copies_from_above() -> None:
     """The code above, else the one before, else a random token; drafted tokens are left alone."""
     text = torch.tensor([[5, 7, -1, -1, -1], [1, -1, -1, -1, -1], [5, -1, -1, -1, -1]])
     verified = torch.tensor([[6, 1, 4, 6], [1, 1, 5, 1], [4, 1, 1, -1]])
-    places = Places.between(np.array([1, 0, 0]), np.array([4, 4, 2]))
-    random = torch.tensor([2] * len(places))
-    found, is_random = copy_from_above(text, places, verified, 3, random, (4, 8))
+    empty = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+    random = torch.full_like(verified, 2)
+    found, is_random = copy_from_above(text, empty, verified, 3, random, (4, 8))
     # Column 3 is below column 0 of the draft.
-    assert found.tolist() == [7, 4, 7, 2, 2, 5, 5, 4, 4]
-    assert is_random.tolist() == [False] * 3 + [True, True] + [False] * 4
+    assert found.tolist() == [[7, 7, 4, 7], [2, 2, 5, 5], [4, 4, -1, -1]]
+    assert is_random.tolist() == [[False] * 4, [True, True, False, False], [False] * 4]
 
 
 def test_repeated_and_random_tokens() -> None:
@@ -708,8 +707,8 @@ def test_repeated_and_random_tokens() -> None:
 
 
 def test_tokens_above() -> None:
-    history = np.arange(20, dtype=np.int32).reshape(2, 10)
-    found = tokens_above(history, np.array([1, 0]), np.array([4, 2]), 3, 5)
+    history = torch.arange(20, dtype=torch.int32).view(2, 10)
+    found = tokens_above(history, torch.tensor([1, 0]), torch.tensor([4, 2]), 3, 5)
     assert found.tolist() == [[11, 12, 13, -1, -1], [-1, 0, 1, -1, -1]]
 
 

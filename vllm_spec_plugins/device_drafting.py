@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .draft_probabilities import DraftProbabilities
+    from .target_rows import DeviceTargetRows
 
 #: What a proposer may need and draft on the device.
-NEEDS_ON_DEVICE = Needs.TARGET_LAYERS | Needs.LAYER_STATES
+NEEDS_ON_DEVICE = Needs.TARGET_LAYERS | Needs.LAYER_STATES | Needs.TARGET_LOGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class DeviceDraftInput:
             when it was asked for last.
         most_tokens: `[R]` int64 on the host, not less than `num_tokens`.
         temperatures_on_host: `temperatures`, on the host.
+        target_rows: With `Needs.TARGET_LOGITS`: as `DraftInput.target_rows`.
     """
 
     token_ids: Tensor
@@ -101,6 +103,7 @@ class DeviceDraftInput:
     is_fresh: NDArray[np.bool_]
     most_tokens: NDArray[np.int64]
     temperatures_on_host: NDArray[np.float32]
+    target_rows: DeviceTargetRows | None = None
 
 
 @dataclass(frozen=True, slots=True)

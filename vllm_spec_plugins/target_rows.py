@@ -81,3 +81,55 @@ class TargetRows:
                 taken = source.index_select(0, torch.from_numpy(index).to(device))
                 result.index_copy_(0, torch.from_numpy(places).to(device), taken)
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTargetRows:
+    """The same where the host does not know yet how many draft tokens were accepted.
+
+    A step verifies as many tokens of each request as were scheduled, and only the first of them
+    may have been drafted. The rows that follow the others are nobody's.
+
+    Attributes:
+        draft_logits: `[N, V]` float32, a row for each token verified.
+        bonus_logits: `[R, V]` the same after the last token of each request.
+        first: `[R]` int64, row of `draft_logits` that is row 0 of each request.
+        ends: `[R]` int64, row behind each request's last; that one is in `bonus_logits`.
+        counts: `[R]` int64, rows of each request; 0 = nothing is known of it.
+    """
+
+    draft_logits: Tensor
+    bonus_logits: Tensor
+    first: Tensor
+    ends: Tensor
+    counts: Tensor
+
+    @classmethod
+    def after(
+        cls,
+        draft_logits: Tensor,
+        bonus_logits: Tensor,
+        num_verified: Tensor,
+        num_draft: Tensor,
+        accepted: Tensor,
+    ) -> DeviceTargetRows:
+        """From a whole verification.
+
+        Args:
+            draft_logits: `[N, V]`.
+            bonus_logits: `[R, V]`.
+            num_verified: `[R]` int64 tokens verified; sums to N.
+            num_draft: `[R]` int64, how many of them were drafted.
+            accepted: `[R]` int64.
+        """
+        ends = num_verified.cumsum(0)
+        first = ends - num_verified + accepted + 1
+        return cls(draft_logits, bonus_logits, first, ends, num_draft - accepted)
+
+    def take(self, width: int) -> Tensor:
+        """`[R, width, V]` a copy of rows 0 to `width - 1`; anything where a request has none."""
+        row = self.first.unsqueeze(1) + torch.arange(width, device=self.first.device)
+        inside = row.clamp(max=len(self.draft_logits) - 1)
+        taken = self.draft_logits.index_select(0, inside.flatten()).unflatten(0, row.shape)
+        is_bonus = (row >= self.ends.unsqueeze(1)).unsqueeze(2)
+        return torch.where(is_bonus, self.bonus_logits.unsqueeze(1), taken)

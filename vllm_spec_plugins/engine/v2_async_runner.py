@@ -21,6 +21,7 @@ from vllm_spec_plugins.device_drafting import DeviceDraft, DeviceDraftInput, Dev
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import PluginError
 from vllm_spec_plugins.hookspecs import StepRecord, logger
+from vllm_spec_plugins.target_rows import DeviceTargetRows
 from vllm_spec_plugins.transfers import to_device, to_host_later
 
 from .adapter import MAX_FAILURES
@@ -262,6 +263,22 @@ class V2AsyncAdapter(V2Adapter):
             is_fresh=fresh,
             most_tokens=self._most_tokens(),
             temperatures_on_host=requests.temperatures,
+            target_rows=self._device_target_rows(),
+        )
+
+    def _device_target_rows(self) -> DeviceTargetRows | None:
+        """What the step's verification computed past the token it ended with."""
+        verified = self._verified
+        if verified is None or self._verification is None:
+            return None
+        none = torch.zeros_like(verified.num_draft)
+        drafted = (verified.draft_token_ids >= 0).long()
+        return DeviceTargetRows.after(
+            verified.target_logits,
+            verified.bonus_logits,
+            verified.num_draft,
+            none.index_add(0, verified.request_of, drafted),
+            self._verification.accepted.long(),
         )
 
     def _constants_of(self, requests: RequestBatch) -> _Constants:
