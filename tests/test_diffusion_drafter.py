@@ -172,11 +172,11 @@ class TestPasses:
     def test_what_a_row_has_to_read(self) -> None:
         """What is new; of a text that is another one, or has outgrown the window, the window."""
         cache, rows = random_drafter().new_cache(5, W), torch.tensor([4, 0, 2, 3])
-        cache.append(rows, torch.tensor([5, 5, 5, 5]))
+        cache.begin(rows, torch.full((4,), 5))
         ends, fresh = torch.tensor([7, 7, 30, 30]), torch.tensor([False, True, True, False])
         assert cache.catch_up(rows, ends, fresh).tolist() == [2, 7, W, W]
         assert cache.next[rows].tolist() == [5, 0, 30 - W, 30 - W]
-        assert cache.first[rows].tolist() == [0, 0, 30 - W, 30 - W]
+        assert cache.first[rows].tolist() == [5, 0, 30 - W, 30 - W]
         assert not cache.next[1]
 
     @pytest.mark.parametrize("pattern", ["block", "full"])

@@ -73,8 +73,8 @@ class PrefixCache:
         kept, slots = config.attention_pattern == "block", window + 1
         shape = (config.num_layers, num_rows, slots, config.num_key_value_heads, config.head_dim)
         self.window = window
-        self.next = torch.zeros(num_rows, device=device, dtype=torch.int64)
-        self.first = torch.zeros_like(self.next)
+        self._spans = torch.zeros((num_rows, 2), device=device, dtype=torch.int64)
+        self.first, self.next = self._spans.unbind(dim=1)
         self.keys = torch.zeros(shape if kept else 0, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.token_ids = torch.zeros(
@@ -125,21 +125,31 @@ class PrefixCache:
         self.begin(rows, (ends - self.window).clamp(min=0), anew)
         return ends - self.next[rows]
 
-    def append(self, rows: Tensor, counts: Tensor) -> None:
-        """Move the ends of some rows on: so many tokens, `[R]`, were written after them."""
-        after = self.next[rows] + counts
-        self.next[rows] = after
-        self.first[rows] = torch.maximum(self.first[rows], after - self.window)
+    def span(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`first` and `next` of some rows, `[R, 1]` each."""
+        first, following = self._spans[rows].split(1, dim=1)
+        return first, following
+
+    def append(self, rows: Tensor, first: Tensor, after: Tensor) -> None:
+        """Move the ends of some rows on: tokens were written after them.
+
+        Args:
+            rows: `[R]` int64, each once.
+            first: `[R, 1]`, as it was.
+            after: `[R, 1]` what `next` is now.
+        """
+        first = torch.maximum(first, after - self.window)
+        self._spans[rows] = torch.cat([first, after], dim=1)
 
     def slots_in_use(self, longest: int) -> int:
         """Slots that can hold anything, where texts are read up to that position; later: none."""
         return min(longest, self.window)
 
-    def positions(self, rows: Tensor, slots: int) -> Tensor:
-        """`[R, slots]` position of the token in each slot, -1 where there is none."""
-        last = self.next[rows].unsqueeze(1) - 1
-        held = last - (last - torch.arange(slots, device=rows.device)) % self.window
-        return torch.where(held >= self.first[rows].unsqueeze(1), held, -1)
+    def positions(self, first: Tensor, following: Tensor, slots: int) -> Tensor:
+        """`[R, slots]` position of each slot's token, -1 where there is none; from a `span`."""
+        last = following - 1
+        held = last - (last - torch.arange(slots, device=last.device)) % self.window
+        return torch.where(held >= first, held, -1)
 
     def places(self, positions: Tensor, after: Tensor) -> Tensor:
         """Slots that new tokens are written to.

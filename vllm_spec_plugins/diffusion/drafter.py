@@ -117,6 +117,8 @@ class DiffusionDrafter(nn.Module):
         )
         states = config.conditioned_on
         self.conditioning = None if states is None else Conditioning(states, config.hidden_size)
+        #: `[D / 2]` radians a token of the rotary embedding, once known.
+        self._speeds: Tensor | None = None
 
     @classmethod
     def load(
@@ -346,9 +348,11 @@ class DiffusionDrafter(nn.Module):
     def _rotation(self, positions: Tensor) -> Rotation:
         """Rotary embedding (Su et al. 2104.09864) of `[R, S]` positions."""
         width = self.config.head_dim
-        # In float64: far into a long text, float32 angles are off by several per cent of a turn.
-        half = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-        angles = positions[..., None, None] * self.config.rope_theta**-half
+        if self._speeds is None or self._speeds.device != positions.device:
+            # In float64: far into a long text, float32 angles are off by per cents of a turn.
+            half = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+            self._speeds = self.config.rope_theta**-half
+        angles = positions[..., None, None] * self._speeds
         angles = torch.cat([angles, angles], dim=-1)
         dtype = self.embedding.dtype
         return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
@@ -367,7 +371,7 @@ class DiffusionDrafter(nn.Module):
             `[R, T + B, H]` normed hidden states, of padding too.
         """
         rows, num_new, num_block = text.rows, text.token_ids.shape[1], block_token_ids.shape[1]
-        start = cache.next[rows].unsqueeze(1)
+        first, start = cache.span(rows)
         after = start + text.counts.unsqueeze(1)
         ahead = torch.arange(max(num_new, num_block), device=rows.device)
         new = start + ahead[:num_new]
@@ -375,13 +379,11 @@ class DiffusionDrafter(nn.Module):
         slots = cache.slots_in_use(text.longest)
         # Each token sees an interval of positions; padding is at position -1 and sees that. A
         # token of the text does not see the block: its interval ends at itself.
-        ends = after.expand(-1, num_block)
         position = torch.cat([new, after + ahead[:num_block]], dim=1)  # [R, S]
-        highest = torch.cat([new, ends + (num_block - 1)], dim=1)
-        lowest = torch.cat([new, ends], dim=1) - cache.window
-        lowest = torch.maximum(lowest, cache.first[rows].unsqueeze(1))
+        highest = torch.where(position < after, position, after + (num_block - 1))
+        lowest = torch.maximum(torch.minimum(position, after) - cache.window, first)
         lowest = torch.minimum(lowest, highest)
-        keys = torch.cat([cache.positions(rows, slots), position], dim=1).unsqueeze(1)
+        keys = torch.cat([cache.positions(first, start, slots), position], dim=1).unsqueeze(1)
         visible = (keys >= lowest.unsqueeze(2)) & (keys <= highest.unsqueeze(2))
         visible = visible.unsqueeze(1)  # [R, 1, S, C + S]
         rotation = self._rotation(position)
@@ -400,7 +402,8 @@ class DiffusionDrafter(nn.Module):
             x = layer.finish(x, layer.attend(query, key, value, visible))
         states = self._normed(x)
         if num_new:
-            cache.append(rows, text.counts)
+            cache.append(rows, first, after)
+        if num_new and self.config.predicts == "next_token":
             newest = (text.counts - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, states.shape[2])
             grown = (text.counts > 0).unsqueeze(1)
             last = states.gather(1, newest).squeeze(1)
@@ -410,12 +413,12 @@ class DiffusionDrafter(nn.Module):
     def _remember(self, cache: PrefixCache, text: NewText) -> None:
         """Keep new text for `_whole_window`."""
         rows = text.rows
-        start = cache.next[rows].unsqueeze(1)
+        first, start = cache.span(rows)
         after = start + text.counts.unsqueeze(1)
         new = start + torch.arange(text.token_ids.shape[1], device=rows.device)
         new = torch.where(new < after, new, -1)
         cache.token_ids[rows.unsqueeze(1), cache.places(new, after)] = text.token_ids
-        cache.append(rows, text.counts)
+        cache.append(rows, first, after)
 
     @torch.no_grad()
     def _whole_window(
@@ -425,10 +428,10 @@ class DiffusionDrafter(nn.Module):
 
         Windows are laid in order and end at the block; shorter ones are padded before.
         """
-        context = cache.slots_in_use(longest)
+        context, (first, after) = cache.slots_in_use(longest), cache.span(rows)
         steps = torch.arange(-context, block_token_ids.shape[1], device=rows.device)
-        positions = cache.next[rows].unsqueeze(1) + steps
-        there = positions >= cache.first[rows].unsqueeze(1)
+        positions = after + steps
+        there = positions >= first
         slots = positions[:, :context] % cache.window
         tokens = torch.cat([cache.token_ids[rows.unsqueeze(1), slots], block_token_ids], dim=1)
         visible = there.unsqueeze(1).expand(-1, tokens.shape[1], -1)
