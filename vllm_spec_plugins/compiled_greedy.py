@@ -23,6 +23,7 @@ from .compiled_rows import MAXIMUM_OF
 
 #: Spans whose largest logit is so far below the row's (in nats) are bounded, not summed.
 _FAR = np.float32(4)
+_ONE_OVER_E = np.float32(1 / np.e)
 #: By how much more than rounding bounds are put apart.
 _ROUNDING = np.float32(1e-4)
 
@@ -216,6 +217,25 @@ def among_the_best(asked, k, delta, stands):
         goes_on = stands[i]
 
 
+@numba.njit(inline="always")
+def _entropy_term(p):
+    return -p * np.log(p) if p > ZERO else ZERO
+
+
+@numba.njit(inline="always")
+def _entropy_bounds(kept, least, most):
+    """Least and most entropy of some logits, given those of the sum in units of the first."""
+    low = high = ZERO
+    for logit in kept:
+        share = np.exp(logit - kept[0])
+        one, other = _entropy_term(share / most), _entropy_term(share / least)
+        low += min(one, other)
+        # The term rises up to p = 1/e, where it is as much.
+        inside = share / most < _ONE_OVER_E < share / least
+        high += _ONE_OVER_E if inside else max(one, other)
+    return low, high
+
+
 @compiled
 def undecided(asked, count, least_entropy, stands):
     """The entropy of the `count` likeliest tokens, as they are, is at least so much."""
@@ -241,13 +261,12 @@ def undecided(asked, count, least_entropy, stands):
                             kept[place] = kept[place - 1]
                             place -= 1
                         kept[place] = logit
-        log_normaliser = np.log(sum_of_exponentials(logits, kept[0])) + kept[0]
-        entropy = ZERO
-        for logit in kept:
-            log_p = logit - log_normaliser
-            if log_p > LEAST_LOG:
-                entropy -= np.exp(log_p) * log_p
-        stands[i] = entropy >= least_entropy
+        least, most = _sum_bounds(logits, maxima, kept[0])
+        low, high = _entropy_bounds(kept, least, most)
+        stands[i] = low >= least_entropy + _ROUNDING
+        if not stands[i] and high >= least_entropy - _ROUNDING:
+            total = sum_of_exponentials(logits, kept[0])
+            stands[i] = _entropy_bounds(kept, total, total)[0] >= least_entropy
         goes_on = stands[i]
 
 
