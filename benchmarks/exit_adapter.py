@@ -12,8 +12,8 @@ Each row is one draft (bare exit, adapter, bare exit one layer later) of one ada
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,4 +59,10 @@ def main(name: str, paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model of the zoo")
+    parser.add_argument("adapters", nargs="+", help="files of `vllm-spec calibrate adapter`")
+    arguments = parser.parse_args()
+    main(arguments.model, arguments.adapters)
