@@ -22,7 +22,7 @@ M columns of the draft's law.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -62,13 +62,8 @@ _BLOCK_SHAPE = LaunchShape(tile_warps=8, registers=96)
 
 
 def can_verify_fused(batch: VerifyInput) -> bool:
-    """Whether `verify_fused` takes this batch to a kernel.
-
-    Drafts over a vocabulary of each row's own are left to the PyTorch path.
-    """
-    q = batch.draft_probabilities
-    own_vocabulary = q is not None and q.vocabulary is not None and q.vocabulary.ndim > 1
-    return use_triton(batch.target_logits) and not own_vocabulary
+    """Whether `verify_fused` takes this batch to a kernel."""
+    return use_triton(batch.target_logits)
 
 
 def verify_fused(
@@ -100,8 +95,8 @@ def verify_fused(
         The verification; `extra_acceptance` is there with a relaxation or judge.
 
     Raises:
-        ValueError: Both kinds of draft law, the block rule relaxed, or a draft over a vocabulary
-            of each row's own on a GPU (see `can_verify_fused`).
+        ValueError: Both kinds of draft law, the block rule relaxed, or draft logits over a
+            vocabulary of each row's own on a GPU.
     """
     if draft_logits is not None and batch.draft_probabilities is not None:
         raise ValueError("draft_logits and batch.draft_probabilities: the draft has one law")
@@ -111,6 +106,11 @@ def verify_fused(
         return verify_fused_reference(
             batch, rule, raw=raw, draft_logits=draft_logits, relaxation=relaxation, judge=judge
         )
+    law = batch.draft_probabilities
+    if law is not None and law.vocabulary is not None and law.vocabulary.ndim > 1:
+        # The kernel looks a column up in one table for all rows.
+        whole = law.over_vocabulary(batch.target_logits.shape[1])
+        batch = replace(batch, draft_probabilities=whole)
     shape = shape or (_BLOCK_SHAPE if rule == "block" else LaunchShape())
     return _launch(batch, rule, raw, draft_logits, relaxation, judge, shape)
 
@@ -762,8 +762,8 @@ def _launch(
         draft, vocabulary, sampled = _rows(law.values), law.vocabulary, law.sampled
         if vocabulary is not None and vocabulary.ndim > 1:
             raise ValueError(
-                "the draft has a vocabulary of its own in each row, which no kernel takes: "
-                "check with can_verify_fused, and use verify_fused_reference"
+                "draft logits have a vocabulary of its own in each row, which no kernel takes: "
+                "hand over probabilities, or use verify_fused_reference"
             )
         kind = 1 if draft_logits is None else 2
         draft_size, draft_stride = draft.shape[1], draft.stride(0)

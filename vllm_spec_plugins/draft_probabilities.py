@@ -66,9 +66,8 @@ class DraftProbabilities:
         """
         q = self.values.index_select(0, rows)
         if self.vocabulary is not None and self.vocabulary.ndim > 1:
-            columns = self.vocabulary.index_select(0, rows).clamp(min=0)
-            # Added, not written: unused columns, all of value 0, share the id 0.
-            q = q.new_zeros(len(rows), vocab_size).scatter_add_(1, columns, q)
+            own = DraftProbabilities(q, self.vocabulary.index_select(0, rows))
+            q = own.over_vocabulary(vocab_size).values
         elif self.vocabulary is not None:
             q = q.new_zeros(len(rows), vocab_size).index_copy_(1, self.vocabulary, q)
         elif q.shape[1] < vocab_size:  # a draft head without the target's padding rows
@@ -78,6 +77,17 @@ class DraftProbabilities:
             q = torch.where(self.sampled[rows].unsqueeze(1), q, one_hot)
         q[(token_ids < 0).nonzero().squeeze(1)] = 0
         return q
+
+    def over_vocabulary(self, vocab_size: int) -> DraftProbabilities:
+        """The same laws `[N, M]` with the columns of the whole vocabulary, `[N, V]`.
+
+        For laws of a vocabulary of each row's own.
+        """
+        assert self.vocabulary is not None
+        whole = self.values.new_zeros(len(self.values), vocab_size)
+        # Added, not written: unused columns, all of value 0, share the id 0.
+        whole.scatter_add_(1, self.vocabulary.clamp(min=0), self.values)
+        return DraftProbabilities(whole, None, self.sampled)
 
     def take(self, rows: Tensor) -> DraftProbabilities:
         """The same law for some rows of the first dimension."""

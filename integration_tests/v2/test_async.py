@@ -32,6 +32,7 @@ CONFIGURATIONS = {"a plugin's, token": ON_DEVICE}
 MORE_CONFIGURATIONS = {
     "early_exit, token": EARLY_EXIT,
     "early_exit, block": {**EARLY_EXIT, "verifier": BLOCK},
+    "jacobi": {"method": "jacobi", **_DRAFTS},
     "early_exit without an attention": {**EARLY_EXIT, "exit_layer": 3, "skip_attention": (1,)},
     "ngram_adaptive, token": {"method": "ngram_adaptive", "matching": "device", **_DRAFTS},
     "ngram of vLLM, block": {**NGRAM, "verifier": BLOCK},

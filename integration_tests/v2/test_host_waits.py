@@ -40,6 +40,7 @@ TORCH = str(Path(torch.__file__).parent)
 PROMPT = [3, 4, 5, 6, 3, 4, 5]
 
 EARLY_EXIT = {"method": "early_exit", "exit_layer": 2, "num_speculative_tokens": 3}
+JACOBI = {"method": "jacobi", "num_speculative_tokens": 3}
 NGRAM_ADAPTIVE = {
     "method": "ngram_adaptive",
     "min_acceptance": 0.05,
@@ -150,6 +151,12 @@ def test_a_draft_of_the_host_waits_for_what_was_emitted_only(
     [
         ({**ON_DEVICE, "draws": True}, 1.0),
         (EARLY_EXIT, (0.0, 1.0, 0.7)),
+        (JACOBI, (0.0, 1.0, 0.7)),
+        pytest.param(
+            {**JACOBI, "coupling": "gumbel", "draft_top_k": 5, "filler": "random"},
+            1.0,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(EARLY_EXIT, 0.0, marks=pytest.mark.slow),
         pytest.param({**EARLY_EXIT, "verifier": BLOCK}, 1.0, marks=pytest.mark.slow),
         pytest.param(ON_DEVICE, 0.0, marks=pytest.mark.slow),
@@ -201,6 +208,7 @@ def test_a_ranked_vocabulary_does_not_wait(
             {"denoising_steps": 2, "block_size": 5, "verifier": BLOCK}, marks=pytest.mark.slow
         ),
         pytest.param({"pattern": "full", "context_window": 6}, marks=pytest.mark.slow),
+        pytest.param({"draft_top_k": 5}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -64,12 +64,13 @@ def test_the_cpu_keeps_its_path() -> None:
     assert not launches
 
 
-def test_a_vocabulary_of_each_row_is_left_to_pytorch() -> None:
+def test_a_vocabulary_of_each_row_is_spread_out() -> None:
     ids = torch.empty(3, 20, dtype=torch.int64, device="meta")
-    batch = step(law=DraftProbabilities(torch.empty(3, 20, device="meta"), ids))
-    assert not can_verify_fused(batch)
+    values = torch.empty(3, 20, device="meta")
+    batch = step(law=DraftProbabilities(values, ids))
+    assert [launch.name for launch in record_launches(lambda: verify_fused(batch))] == TWO
     with pytest.raises(ValueError, match="vocabulary of its own"):
-        record_launches(lambda: verify_fused(batch))
+        record_launches(lambda: verify_fused(step(), draft_logits=DraftLogits(values, ids)))
 
 
 def test_what_does_not_go_together_is_refused() -> None:

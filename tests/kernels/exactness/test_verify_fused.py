@@ -220,6 +220,22 @@ def test_raw_logits(rule: str, vocabulary: bool) -> None:
 
 
 @RULES
+def test_a_vocabulary_of_each_row(rule: str) -> None:
+    """Columns in any order, some that stand for nothing."""
+    batch = make_batch(11, draft="dense")
+    law = batch.draft_probabilities
+    assert law is not None
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(law.values.shape, generator=generator).to(DEVICE)
+    ids = noise.scatter(1, batch.draft_token_ids.clamp(min=0).unsqueeze(1), 2.0).topk(40).indices
+    values = law.values.gather(1, ids)
+    values[:, 30:], ids[:, 30:] = 0, -1
+    values /= values.sum(dim=1, keepdim=True)
+    batch = replace(batch, draft_probabilities=DraftProbabilities(values, ids, law.sampled))
+    assert_same(verify_fused(batch, rule, shape=SMALL), verify_fused_reference(batch, rule))
+
+
+@RULES
 @pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
 def test_rows_without_a_law(rule: str, greedy: bool) -> None:
     """A NaN, only -inf, an infinite logit: never outside the vocabulary, and as the reference."""
