@@ -239,6 +239,25 @@ def test_one_clear_error_before_the_model_loads(
         assert phrase in str(caught.value)
 
 
+def test_what_only_the_whole_config_shows_is_refused_alike(
+    model_without_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That vLLM will choose V1 may come out when its config is complete: one message all the same.
+
+    Here as if it could have chosen V2 as far as was known before.
+    """
+    from vllm_spec_plugins.engine import async_support
+
+    monkeypatch.setattr(async_support, "_is_v1_for_certain", lambda: False)
+    spec = {**OURS, "matching": "device"}
+    with pytest.raises(ConfigError) as caught:
+        serve(model_without_weights, spec, async_scheduling=True)
+    assert str(caught.value) == (
+        "--async-scheduling cannot be used here: plugins on model runner V1 cannot plan a step "
+        "before the last one is verified. Remove it."
+    )
+
+
 @pytest.mark.parametrize("spec", [None, OURS, BOTH], ids=["plain", "ours", "both"])
 def test_good_input_gets_as_far_as_the_weights(spec: Any, model_without_weights: Path) -> None:
     """Negative control: the same model, asked for rightly, fails where weights are loaded."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_spec_plugins.config import PluginSettings
 from vllm_spec_plugins.engine_proposer import EngineProposer
-from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.registry import Kind, Registry
 
@@ -109,6 +109,26 @@ def decided_with_us(original: Callable[..., None]) -> Callable[..., None]:
             original(self)
 
     return __post_init__
+
+
+def refused_plainly(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps `VllmConfig.__init__`: what `__post_init__` refuses is shown as it was said.
+
+    Pydantic puts every `ValueError` of a `__post_init__` into a report of its own.
+    """
+    from pydantic import ValidationError
+
+    @functools.wraps(original)
+    def __init__(self: VllmConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            original(self, *args, **kwargs)
+        except ValidationError as report:
+            for error in report.errors():
+                if isinstance(ours := error.get("ctx", {}).get("error"), SpecPluginsError):
+                    raise ours from None
+            raise
+
+    return __init__
 
 
 @contextmanager

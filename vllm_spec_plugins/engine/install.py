@@ -64,10 +64,11 @@ def install_engine_seams() -> None:
     from vllm.v1.engine.output_processor import RequestState
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from .async_support import decided_with_us
+    from .async_support import decided_with_us, refused_plainly
     from .front_end import with_price
 
     _wrap_once(VllmConfig, "__post_init__", decided_with_us)
+    _wrap_once(VllmConfig, "__init__", refused_plainly)  # generated: no seam of vLLM's source
     _wrap_once(VllmConfig, "num_lookahead_tokens", _lookahead)
     _wrap_once(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
     _wrap_once(SamplingParams, "_validate_spec_decode", _validate_request)
