@@ -151,9 +151,7 @@ def run(
         SpecPluginsError: With one message that says what to do.
     """
     console = Console()
-    # Where no bar is drawn, progress is logged.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("vllm_spec_plugins").setLevel(logging.INFO)
+    _log_progress()
     if threads:
         torch.set_num_threads(threads)
     if not output.parent.is_dir():
@@ -174,15 +172,9 @@ def run(
     if generations:
         kept = output.with_name(output.name + ".generations")
         learnt = continued_by_target(
-            folder,
-            learnt,
-            generations,
-            recipe.window,
-            kept,
-            console,
-            seed=recipe.seed,
-            threads=threads,
-        )
+            folder, learnt, generations, recipe.window, kept, console,
+            seed=recipe.seed, threads=threads,
+        )  # fmt: skip
     rows = padded(learnt)
     if drafter is None:
         assert start.sizes is not None
@@ -200,15 +192,7 @@ def run(
         _show_finished(console, output, job)
         return
 
-    inside = sum(weight.numel() for weight, _ in drafter.matrices())
-    console.print(
-        f"diffusion drafter for [bold]{name}[/bold]: {inside / 1e6:.3g} million parameters in "
-        f"{drafter.config.num_layers} layers, blocks of up to {recipe.block} tokens; "
-        f"{recipe.steps} steps of {recipe.batch_size} windows, {rows.shape[1]} tokens each, from "
-        f"{len(rows)} windows {'the target wrote' if generations else 'of text'}; "
-        f"{torch.get_num_threads()} threads",
-        highlight=False,
-    )
+    _announce(console, name, drafter, recipe, rows, from_target=generations > 0)
     checkpoint = output.with_name(output.name + ".unfinished")
     with training_progress(f"diffusion drafter of {name}", recipe.steps) as on_step:
         trained = train(drafter, target, recipe, rows, checkpoint, job, on_step)
@@ -221,19 +205,8 @@ def run(
         "condition_on_layers": list(read),
         "start": "anew" if start.sizes else Path(start.model or model).name,
         "data_sha256": data,
-        "recipe": asdict(recipe),
-        "texts": [source if source.startswith("zoo") else Path(source).name for source in texts],
-        "generations": generations,
-        "tokens": int((rows >= 0).sum()),
-        "tokens_seen": recipe.steps * recipe.batch_size * rows.shape[1],
-        "masks_seen": recipe.steps * recipe.batch_size * recipe.num_masks,
-        "seconds": round(trained.seconds, 1),
-        "resumed_at": trained.resumed_at,
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "parameters": sum(weight.numel() for weight in drafter.parameters()),
-        "parameters_in_layers": inside,
+        **_learnt_from(recipe, rows, texts, generations),
+        **_training(trained, drafter, target, device),
         "held_out": {"texts": asdict(held_out), **quality},
         "losses": [round(loss, 5) for loss in trained.losses],
         "versions": versions(),
@@ -244,6 +217,75 @@ def run(
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
     if not pictured:
         console.print("no loss curve: matplotlib is not installed (extra [demo])", highlight=False)
+
+
+def _log_progress() -> None:
+    """Where no bar is drawn, progress is logged."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vllm_spec_plugins").setLevel(logging.INFO)
+
+
+def _parameters_in_layers(drafter: DiffusionDrafter) -> int:
+    return sum(weight.numel() for weight, _ in drafter.matrices())
+
+
+def _announce(
+    console: Console,
+    name: str,
+    drafter: DiffusionDrafter,
+    recipe: DiffusionRecipe,
+    rows: NDArray[np.int64],
+    *,
+    from_target: bool,
+) -> None:
+    """Say what is about to be trained, and on what.
+
+    Args:
+        console: Where.
+        name: Of the target, for people.
+        drafter: Not trained yet.
+        recipe: How.
+        rows: `[windows, tokens]` to learn from.
+        from_target: Whether the target wrote them.
+    """
+    console.print(
+        f"diffusion drafter for [bold]{name}[/bold]: "
+        f"{_parameters_in_layers(drafter) / 1e6:.3g} million parameters in "
+        f"{drafter.config.num_layers} layers, blocks of up to {recipe.block} tokens; "
+        f"{recipe.steps} steps of {recipe.batch_size} windows, {rows.shape[1]} tokens each, from "
+        f"{len(rows)} windows {'the target wrote' if from_target else 'of text'}; "
+        f"{torch.get_num_threads()} threads",
+        highlight=False,
+    )
+
+
+def _learnt_from(
+    recipe: DiffusionRecipe, rows: NDArray[np.int64], texts: Sequence[str], generations: int
+) -> dict[str, Any]:
+    """The report's part on the recipe and the `[windows, tokens]` it was followed on."""
+    return {
+        "recipe": asdict(recipe),
+        "texts": [source if source.startswith("zoo") else Path(source).name for source in texts],
+        "generations": generations,
+        "tokens": int((rows >= 0).sum()),
+        "tokens_seen": recipe.steps * recipe.batch_size * rows.shape[1],
+        "masks_seen": recipe.steps * recipe.batch_size * recipe.num_masks,
+    }
+
+
+def _training(
+    trained: TrainedDrafter, drafter: DiffusionDrafter, target: LocalModel, device: str
+) -> dict[str, Any]:
+    """The report's part on the run: how long, where, how large a drafter."""
+    return {
+        "seconds": round(trained.seconds, 1),
+        "resumed_at": trained.resumed_at,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "parameters": sum(weight.numel() for weight in drafter.parameters()),
+        "parameters_in_layers": _parameters_in_layers(drafter),
+    }
 
 
 def _read(
