@@ -18,7 +18,8 @@ from vllm_spec_plugins.triton_kernels.relaxations import (
     Judge,
     NeighbourSum,
 )
-from vllm_spec_plugins.triton_kernels.verify_fused import LaunchShape, uniform, verify_fused
+from vllm_spec_plugins.triton_kernels.verify_fused import LaunchShape, verify_fused
+from vllm_spec_plugins.triton_kernels.verify_kernels import uniform
 from vllm_spec_plugins.triton_kernels.verify_reference import verify_fused_reference
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
