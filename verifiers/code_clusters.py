@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.verifier import VerifyInput, or_target_law
 from vllm_spec_plugins.vocabulary_passes import is_compiled, kernels
 
 from .law_entries import draft_entries, draft_laws, target_entries
@@ -94,7 +94,7 @@ class CodeClusters:
             rows: `[M]` int64, some of the N rows.
             exact: `[M]` a, what the exact rule accepts them with.
         """
-        codes = self.members[self.of_code[batch.draft_token_ids[rows] - self.first]]  # [M, size]
+        codes = self.members[self._clusters_of(batch, rows)]  # [M, size]
         columns = codes.clamp(min=0) + self.first
         p, q = target_entries(batch, rows, columns), draft_entries(batch, rows, columns)
         gap = torch.where((codes >= 0) & (p > 0), p - q, 0)
@@ -107,8 +107,13 @@ class CodeClusters:
         """`[M]` bool, draft tokens in the image range in the cluster of the most likely token."""
         best = batch.greedy_token_ids[rows] - self.first
         known = (best >= 0) & (best < len(self.of_code))
-        own = self.of_code[batch.draft_token_ids[rows] - self.first]
+        own = self._clusters_of(batch, rows)
         return known & (self.of_code[torch.where(known, best, 0)] == own)
+
+    def _clusters_of(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` int64; any cluster where the draft token is no image code (`row_choice`)."""
+        codes = batch.draft_token_ids[rows] - self.first
+        return self.of_code[codes.clamp(0, len(self.of_code) - 1)]
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M, V]` r at some of the N rows; p where that is nothing: a rejection by rounding."""
@@ -118,10 +123,7 @@ class CodeClusters:
         else:
             weights = p - draft_laws(batch, rows)
             self._keep_shares(weights, p)
-        empty = (weights.sum(dim=-1) <= 0).nonzero().squeeze(1)
-        if len(empty):
-            weights[empty] = torch.softmax(batch.target_logits[rows[empty]], dim=-1)
-        return weights
+        return or_target_law(batch, rows, weights)
 
     def _outside_clusters(self, p: Tensor, token_ids: Tensor) -> Tensor:
         """`[M, V]` r after choices: p, overwritten, without the cluster of one token per row."""

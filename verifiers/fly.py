@@ -27,6 +27,7 @@ from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.greedy_on_host import decide, lay_out, mismatches
 from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.verifier import (
     Verification,
     VerifierOptions,
@@ -175,11 +176,13 @@ class Fly(RelaxedRule):
         if is_compiled(batch.target_logits) and not batch.all_greedy:
             ids, p = batch.draft_token_ids, batch.draft_token_probability
             return undecided_rows(batch.target_logits, ids, p, among, count, least)
-        rows = among.nonzero().squeeze(1)
-        best = largest_entries(batch.target_logits, rows, count)
-        p = (best - batch.target_log_normaliser_at(rows).unsqueeze(1)).exp()
-        undecided = torch.special.entr(p).sum(dim=1) >= least
-        return among.index_copy(0, rows, undecided)
+
+        def undecided(rows: Tensor) -> Tensor:
+            best = largest_entries(batch.target_logits, rows, count)
+            p = (best - batch.target_log_normaliser_at(rows).unsqueeze(1)).exp()
+            return torch.special.entr(p).sum(dim=1) >= least
+
+        return replace_rows(among, among, undecided)
 
     def _windows(self, batch: VerifyInput, values: Tensor) -> Tensor:
         """`[R, K+1, 1 + window]` each token's value and those after it, 0 past the draft's end."""

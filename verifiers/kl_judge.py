@@ -26,6 +26,7 @@ from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput, token_acceptance
 from vllm_spec_plugins.vocabulary_passes import divergence_of_rows, is_compiled, near_laws
 
@@ -98,11 +99,11 @@ def near_draft_tokens(batch: VerifyInput, max_divergence: float) -> Tensor:
         undecided &= law.sampled
     # KL between "it is x" under p and under q: at most that of the laws.
     binary = torch.special.xlogy(p, p / q) + torch.special.xlogy(1 - p, (1 - p) / (1 - q))
-    rows = (undecided & (binary <= max_divergence)).nonzero().squeeze(1)
-    near = torch.zeros_like(undecided)
-    if len(rows):
-        near[rows] = divergence(batch, rows) <= max_divergence
-    return near
+    return replace_rows(
+        torch.zeros_like(undecided),
+        undecided & (binary <= max_divergence),
+        lambda rows: divergence(batch, rows) <= max_divergence,
+    )
 
 
 def covers(law: DraftProbabilities, logits: Tensor) -> bool:

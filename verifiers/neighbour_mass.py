@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import VerifyInput
+from vllm_spec_plugins.verifier import VerifyInput, or_target_law
 
 from .law_entries import draft_laws, target_entries
 
@@ -65,6 +65,4 @@ def published_residual(
     columns = torch.where(used, neighbours, neighbours.new_full((), q.shape[1]))
     q = torch.nn.functional.pad(q, (0, 1)).scatter_(1, columns, values)[:, :-1]
     left = (left - q).clamp_(min=0)
-    empty = (left.sum(dim=-1) <= 0).nonzero().squeeze(1)
-    left[empty] = torch.softmax(batch.target_logits.index_select(0, rows[empty]), dim=-1)
-    return left
+    return or_target_law(batch, rows, left)

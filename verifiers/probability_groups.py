@@ -37,7 +37,8 @@ def group_of(
         size: G, at least 2.
         max_difference: Of probabilities.
     """
-    own = batch.draft_token_ids[rows]
+    first, end = image_tokens
+    own = batch.draft_token_ids[rows].clamp(first, end - 1)  # see `row_choice`
     counts = size // 2, size - size // 2 - 1
     above, below = closest_columns(batch.target_logits, rows, own, image_tokens, counts)
     ids = torch.cat([own.unsqueeze(1), above, below], dim=1)

@@ -36,6 +36,7 @@ from vllm_spec_plugins.errors import ConfigError, listed
 from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.image_token_range import chosen_image_tokens
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.verifier import (
     VerifierOptions,
     VerifyInput,
@@ -185,10 +186,11 @@ class RelaxedVisual(RelaxedRule):
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         accept = token_acceptance(batch)
         # What is certain to stand needs no relaxing.
-        rows = (self._is_image(batch.draft_token_ids) & (accept < 1)).nonzero().squeeze(1)
-        if not len(rows):
-            return accept
-        return accept.index_copy(0, rows, self._of_image_rows(batch, rows, accept[rows]))
+        return replace_rows(
+            accept,
+            self._is_image(batch.draft_token_ids) & (accept < 1),
+            lambda rows: self._of_image_rows(batch, rows, accept[rows]),
+        )
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """Under lantern and lantern++: accepted if what it and its neighbours have is the most.
@@ -199,16 +201,18 @@ class RelaxedVisual(RelaxedRule):
         if batch.span_maxima is not None:
             return self._decided_on_host(batch, rows)
         stands = torch.zeros_like(rows, dtype=torch.bool)
-        inside = self._is_image(batch.draft_token_ids[rows]).nonzero().squeeze(1)
-        image_rows = rows[inside]
-        if self._clusters is not None:
-            return stands.index_copy(0, inside, self._clusters.greedy_acceptance(batch, image_rows))
-        if self._neighbours is None:
+        if self._matches_exactly:
             return stands
-        both = torch.stack([batch.draft_token_ids, batch.greedy_token_ids], dim=1)[image_rows]
-        own, best = target_entries(batch, image_rows, both).T
-        wins = own + self._borrowed(batch, image_rows, own) >= best
-        return stands.index_copy(0, inside, wins)
+        inside = self._is_image(batch.draft_token_ids[rows])
+        return replace_rows(stands, inside, lambda which: self._wins(batch, rows[which]))
+
+    def _wins(self, batch: VerifyInput, rows: Tensor) -> Tensor:
+        """`[M]` bool, the same for draft tokens in the image range."""
+        if self._clusters is not None:
+            return self._clusters.greedy_acceptance(batch, rows)
+        both = torch.stack([batch.draft_token_ids, batch.greedy_token_ids], dim=1)[rows]
+        own, best = target_entries(batch, rows, both.clamp(min=0)).T
+        return own + self._borrowed(batch, rows, own) >= best
 
     def _decided_on_host(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M]` bool, the same for single greedy steps on the CPU."""
@@ -227,17 +231,19 @@ class RelaxedVisual(RelaxedRule):
         published = self._neighbours is not None and self.options.residual == "published"
         if not published and self._clusters is None:
             return super().residual(batch, rows)
+        exact = self.exact_requests(batch)
+        if exact is None and not published:
+            return self._own_residual(batch, rows)
         relaxed = torch.ones_like(rows, dtype=torch.bool)
         if published:
             relaxed &= self._is_image(batch.draft_token_ids[rows])
-        exact = self.exact_requests(batch)
         if exact is not None:
             relaxed &= ~exact[batch.request_of[rows]]
-        which = relaxed.nonzero().squeeze(1)
-        weights = self._own_residual(batch, rows[which])
-        if len(which) == len(rows):
-            return weights
-        return residual_weights(batch, rows).index_copy(0, which, weights)
+        return replace_rows(
+            residual_weights(batch, rows),
+            relaxed,
+            lambda which: self._own_residual(batch, rows[which]),
+        )
 
     def _own_residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M, V]` weights after a rejection where the rule does not draw from [p - q]+."""
@@ -305,7 +311,9 @@ class RelaxedVisual(RelaxedRule):
     def _neighbours_of(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M, k]` int64 token ids."""
         assert self._neighbours is not None
-        return self._neighbours[batch.draft_token_ids[rows] - self._first].long()
+        codes = batch.draft_token_ids[rows] - self._first
+        # On a device rows of other tokens may be among them.
+        return self._neighbours[codes.clamp(0, len(self._neighbours) - 1)].long()
 
     def _is_image(self, token_ids: Tensor) -> Tensor:
         return (token_ids >= self._first) & (token_ids < self._end)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 
 
@@ -57,6 +58,8 @@ class Threshold(RelaxedRule):
         own = logits[rows, batch.draft_token_ids[rows]]
         # The best token alone is a lower bound of the normaliser.
         stands = own >= logits[rows, batch.greedy_token_ids[rows]] + least
-        which = stands.nonzero().squeeze(1)
-        bar = batch.target_log_normaliser_at(rows[which]) + least
-        return stands.index_copy(0, which, own[which] >= bar)
+        return replace_rows(
+            stands,
+            stands,
+            lambda which: own[which] >= batch.target_log_normaliser_at(rows[which]) + least,
+        )

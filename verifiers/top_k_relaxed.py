@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
 from vllm_spec_plugins.vocabulary_passes import count_above, largest_of_rows
@@ -83,9 +85,11 @@ class TopKRelaxed(RelaxedRule):
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         accept = token_acceptance(batch)
-        rows = (accept < 1).nonzero().squeeze(1)
-        best = rows[self._among_the_best(batch, rows)]
-        return accept.index_fill(0, best, 1.0)
+        return replace_rows(
+            accept,
+            accept < 1,
+            lambda rows: torch.where(self._among_the_best(batch, rows), 1, accept[rows]),
+        )
 
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         if batch.span_maxima is None:
@@ -118,18 +122,24 @@ def among_the_best(batch: VerifyInput, rows: Tensor, k: int, delta: float) -> Te
         p = batch.draft_token_probability[rows]
         # No token is likelier by more than 1 - 2p, and r likelier ones leave 1 / (r + 1) for x.
         stands = 1 - 2 * p <= delta
-        which = (~stands).nonzero().squeeze(1)
-        best = largest_of_rows(logits, rows[which])
-        stands[which] = p[which] * ((best - own[which]).exp() - 1) <= delta
-        which = (stands & (p * (k + 1) <= 1)).nonzero().squeeze(1)
+
+        def within_delta(which: Tensor) -> Tensor:
+            best = largest_of_rows(logits, rows[which])
+            return p[which] * ((best - own[which]).exp() - 1) <= delta
+
+        stands = replace_rows(stands, ~stands, within_delta)
+        uncertain = stands & (p * (k + 1) <= 1)
     else:
         # The two alone have at most 1 between them, which often decides without a normaliser.
         best = logits[rows, batch.greedy_token_ids[rows].clamp(min=0)]
         ratio = (own - best).exp()
         stands = 1 - ratio <= delta * (1 + ratio)
-        which = (~stands).nonzero().squeeze(1)
-        p = (best[which] - batch.target_log_normaliser_at(rows[which])).exp()
-        stands[which] = p * (1 - ratio[which]) <= delta
-        which = stands.nonzero().squeeze(1)
-    stands[which] = count_above(logits, rows[which], own[which]) < k
-    return stands
+
+        def within_delta(which: Tensor) -> Tensor:
+            p = (best[which] - batch.target_log_normaliser_at(rows[which])).exp()
+            return p * (1 - ratio[which]) <= delta
+
+        uncertain = stands = replace_rows(stands, ~stands, within_delta)
+    return replace_rows(
+        stands, uncertain, lambda which: count_above(logits, rows[which], own[which]) < k
+    )

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import marks_above
 
@@ -50,9 +51,10 @@ class Typical(RelaxedRule):
 
     def relaxed_acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         entropy = batch.target_entropy_up_to(self.options.epsilon)[rows]
-        unknown = (batch.draft_token_probability[rows] > self.options.epsilon).nonzero().squeeze(1)
-        if len(unknown):  # not after a rejection
-            entropy[unknown] = batch.target_entropy[rows[unknown]]
+        unknown = (
+            batch.draft_token_probability[rows] > self.options.epsilon
+        )  # not after a rejection
+        entropy = replace_rows(entropy, unknown, lambda which: batch.target_entropy[rows[which]])
         # p > bar, in logits.
         bar = self._bar(entropy).log() + batch.target_log_normaliser_at(rows)
         return marks_above(batch.target_logits, rows, bar)

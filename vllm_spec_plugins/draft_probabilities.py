@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .row_choice import replace_rows
+
 
 @dataclass(frozen=True, slots=True)
 class DraftProbabilities:
@@ -75,8 +77,7 @@ class DraftProbabilities:
         if self.sampled is not None:
             one_hot = torch.zeros_like(q).scatter_(1, token_ids.clamp(min=0).unsqueeze(1), 1.0)
             q = torch.where(self.sampled[rows].unsqueeze(1), q, one_hot)
-        q[(token_ids < 0).nonzero().squeeze(1)] = 0
-        return q
+        return replace_rows(q, token_ids < 0, lambda _rows: 0.0)
 
     def over_vocabulary(self, vocab_size: int) -> DraftProbabilities:
         """The same laws `[N, M]` with the columns of the whole vocabulary, `[N, V]`.

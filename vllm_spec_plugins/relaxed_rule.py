@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .greedy_on_host import lay_out, mismatches
 from .nobodys_step import nobodys_step
+from .row_choice import replace_rows
 from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
     GivenAcceptance,
     Judge,
@@ -89,8 +90,9 @@ class RelaxedRule(AcceptanceRule):
     def relaxed_greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
         """`[M]` bool for rows of greedy requests: accepted though not the most likely token.
 
-        Asked about such tokens only; rows rise. Behind a row that is refused, those of the same
-        request do not matter, and may be refused unseen.
+        Asked about such tokens only, on a device about others, too (`row_choice`); rows rise.
+        Behind a row that is refused, those of the same request do not matter, and may be refused
+        unseen.
         """
         del batch
         return torch.zeros_like(rows, dtype=torch.bool)
@@ -128,8 +130,9 @@ class RelaxedRule(AcceptanceRule):
         exact = self.exact_requests(batch)
         if exact is not None:
             open_ &= ~exact[batch.request_of[rows]]
-        which = open_.nonzero().squeeze(1)
-        return accept.index_copy(0, which, self.relaxed_greedy_acceptance(batch, rows[which]))
+        return replace_rows(
+            accept, open_, lambda which: self.relaxed_greedy_acceptance(batch, rows[which])
+        )
 
     def acceptance_over_vocabulary(self, batch: VerifyInput, rows: Tensor) -> Tensor | None:
         exact = self.exact_requests(batch)

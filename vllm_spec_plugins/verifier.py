@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .options import PluginOptions
 from .random_numbers import Purpose, uniforms
+from .row_choice import may_look, replace_rows
 from .vocabulary_passes import (
     argmax_and_maxima,
     first_argmax,
@@ -158,26 +159,21 @@ class VerifyInput:
     @cached_property
     def target_log_normaliser(self) -> Tensor:
         """`[N]` log sum exp of the target's logits."""
-        if "draft_token_probability" in self.__dict__:
+        if "draft_token_probability" in self.__dict__ and may_look(self.target_logits):
             every_row = torch.arange(len(self.draft_token_ids), device=self.num_draft.device)
             return self.target_log_normaliser_at(every_row)
         return log_normaliser(self.target_logits)
-
-    @cached_property
-    def greedy_rows(self) -> Tensor:
-        """Indices, among the N, of the draft tokens of greedy requests."""
-        return self.greedy[self.request_of].nonzero().squeeze(1)
 
     @cached_property
     def greedy_token_ids(self) -> Tensor:
         """`[N]` int64, the target's most likely token; -1 in rows of sampled requests."""
         if self.all_greedy:
             return first_argmax(self.target_logits)
-        token_ids = torch.full_like(self.draft_token_ids, -1)
-        token_ids[self.greedy_rows] = first_argmax(
-            self.target_logits.index_select(0, self.greedy_rows)
+        return replace_rows(
+            torch.full_like(self.draft_token_ids, -1),
+            self.greedy[self.request_of],
+            lambda rows: first_argmax(self.target_logits.index_select(0, rows)),
         )
-        return token_ids
 
     @cached_property
     def span_maxima(self) -> Tensor | None:
@@ -229,7 +225,7 @@ class VerifyInput:
 
     def target_log_normaliser_at(self, rows: Tensor) -> Tensor:
         """`[M]` `target_log_normaliser` of some rows, from what is known of them if it can be."""
-        if "target_log_normaliser" in self.__dict__:
+        if "target_log_normaliser" in self.__dict__ or not may_look(self.target_logits):
             return self.target_log_normaliser[rows]
         if "draft_token_probability" not in self.__dict__:
             best = None
@@ -398,7 +394,10 @@ class AcceptanceRule(Verifier):
         del batch, rows
 
     def greedy_acceptance(self, batch: VerifyInput, rows: Tensor) -> Tensor:
-        """`[M]` bool for rows of greedy requests: exact matching unless overridden."""
+        """`[M]` bool for rows of greedy requests: exact matching unless overridden.
+
+        On a device it is asked of other rows, too (`row_choice`).
+        """
         return batch.greedy_token_ids[rows] == batch.draft_token_ids[rows]
 
     def residual(self, batch: VerifyInput, rows: Tensor) -> Tensor:
@@ -436,13 +435,15 @@ class AcceptanceRule(Verifier):
     def _decided_acceptance(self, batch: VerifyInput) -> Tensor:
         """`[N]` acceptance of every row: 0 or 1 for greedy requests, 0 for placeholders."""
         if batch.all_greedy:
-            accept = self.greedy_acceptance(batch, batch.greedy_rows).to(batch.target_logits.dtype)
+            rows = torch.arange(len(batch.draft_token_ids), device=batch.num_draft.device)
+            accept = self.greedy_acceptance(batch, rows).to(batch.target_logits.dtype)
         else:
             accept = self.acceptance(batch)
             if batch.any_greedy:
-                rows = batch.greedy_rows
-                matches = self.greedy_acceptance(batch, rows).to(accept.dtype)
-                accept = accept.index_copy(0, rows, matches)
+                greedy = batch.greedy[batch.request_of]
+                accept = replace_rows(
+                    accept.clone(), greedy, lambda rows: self.greedy_acceptance(batch, rows)
+                )
         return torch.where(batch.draft_token_ids >= 0, accept, torch.zeros_like(accept))
 
 
@@ -549,9 +550,16 @@ def residual_weights(
     p and q equal up to rounding leave nothing; a rejection is then itself rounding.
     """
     left = unclaimed(batch, rows, scale, f)
-    empty = (left.sum(dim=-1) <= 0).nonzero().squeeze(1)
-    left[empty] = torch.softmax(batch.target_logits.index_select(0, rows[empty]), dim=-1)
-    return left
+    return or_target_law(batch, rows, left)
+
+
+def or_target_law(batch: VerifyInput, rows: Tensor, weights: Tensor) -> Tensor:
+    """`[M, V]` weights at some of the N rows, used up; p where a row is nothing but 0."""
+    return replace_rows(
+        weights,
+        weights.sum(dim=-1) <= 0,
+        lambda empty: torch.softmax(batch.target_logits.index_select(0, rows[empty]), dim=-1),
+    )
 
 
 def leading_run(batch: VerifyInput, stands: Tensor) -> Tensor:
@@ -566,7 +574,8 @@ def draw_next(
 ) -> Tensor:
     """The token after the accepted ones: from the residual after a rejection, else the bonus.
 
-    Only one row per request is ever made full width.
+    Only one row per request is ever made full width; on a device, which of a request's two that is
+    is not looked at, and both are.
 
     Args:
         batch: The step.
@@ -576,6 +585,8 @@ def draw_next(
     Returns:
         `[R]` int64.
     """
+    if not may_look(accepted):
+        return _draw_next_unseen(batch, accepted, residual)
     drawn = torch.empty_like(accepted)
     rejected = accepted < batch.num_draft
     rows = batch.first + accepted  # of the N, where a token was rejected
@@ -592,6 +603,27 @@ def draw_next(
         bonus = torch.softmax(batch.bonus_logits.index_select(0, chosen), dim=-1)
         drawn[chosen] = sample_weights(bonus, u[chosen])
     return drawn
+
+
+def _draw_next_unseen(
+    batch: VerifyInput,
+    accepted: Tensor,
+    residual: Callable[[VerifyInput, Tensor], Tensor],
+) -> Tensor:
+    """`draw_next` for every request as if rejected and as if not, of which one is taken."""
+    rejected, drafted = accepted < batch.num_draft, len(batch.draft_token_ids)
+    rows = (batch.first + accepted).clamp(max=max(drafted - 1, 0))
+    drawn = likeliest = torch.empty_like(accepted)
+    if batch.any_greedy:
+        likeliest = first_argmax(batch.bonus_logits)
+        if drafted:
+            likeliest = torch.where(rejected, batch.greedy_token_ids[rows], likeliest)
+    if not batch.all_greedy:
+        weights = torch.softmax(batch.bonus_logits, dim=-1)
+        if drafted:
+            weights = torch.where(rejected.unsqueeze(1), residual(batch, rows), weights)
+        drawn = sample_weights(weights, batch.uniforms(Purpose.RESAMPLE))
+    return torch.where(batch.greedy, likeliest, drawn)
 
 
 #: Columns summed at once by `sample_weights`, and most columns of one running sum.

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .row_choice import may_look, replace_rows
+
 #: Elements of a block: half a megabyte of float32. A block and the scratch it is worked on
 #: in share the second-level cache of a core.
 _BLOCK_ELEMENTS = 1 << 17
@@ -95,8 +97,11 @@ def probability_and_entropy(
     entropy = logits.gather(1, column).squeeze(1) - probability.log() - mean
     # 0 times -inf; or a probability so small that it may have lost digits.
     asked = ~(probability > up_to)
-    rest = (asked & (mean.isnan() | (probability < _FEW_DIGITS))).nonzero().squeeze(1)
-    entropy[rest] = entropy_of_rows(logits, rest, log_normaliser(logits.index_select(0, rest)))
+    entropy = replace_rows(
+        entropy,
+        asked & (mean.isnan() | (probability < _FEW_DIGITS)),
+        lambda rest: entropy_of_rows(logits, rest, log_normaliser(logits.index_select(0, rest))),
+    )
     return probability, torch.where(asked, entropy.clamp_(min=0), 0)
 
 
@@ -112,10 +117,11 @@ def log_normaliser_from(
         probability: `[M]` softmax of the row at that token; 0 where it is not known.
     """
     result = logits[rows, token_ids] - probability.log()
-    unknown = (~(probability >= _FEW_DIGITS)).nonzero().squeeze(1)
-    if len(unknown):
-        result[unknown] = log_normaliser_of_rows(logits, rows[unknown])
-    return result
+    return replace_rows(
+        result,
+        ~(probability >= _FEW_DIGITS),
+        lambda unknown: log_normaliser_of_rows(logits, rows[unknown]),
+    )
 
 
 def log_normaliser_of_rows(logits: Tensor, rows: Tensor, largest: Tensor | None = None) -> Tensor:
@@ -395,8 +401,7 @@ def is_compiled(tensor: Tensor) -> bool:
 
 def is_single(tensor: Tensor) -> bool:
     """Whether it is contiguous float32 on the CPU."""
-    on_cpu = tensor.device.type == "cpu"
-    return on_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return may_look(tensor) and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 @cache
@@ -409,4 +414,4 @@ def kernels() -> ModuleType:
 
 def is_numpy(tensor: Tensor) -> bool:
     """Whether numpy can work on it where it is."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    return may_look(tensor) and tensor.dtype in (torch.float32, torch.float64)
