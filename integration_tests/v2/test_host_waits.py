@@ -1,32 +1,21 @@
-"""How often a decoding step on model runner V2 waits for the device, counted in the code.
-
-On a GPU each of these calls waits until everything before it has run: reading a tensor on the
-host, and asking which elements of it are not zero, which picking rows by booleans does too. Here
-both are the CPU, and the calls are counted by the file of ours that makes them.
-"""
+"""How often a decoding step on model runner V2 waits for the device, counted in the code."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_spec_plugins.testing.host_waits import waits_counted
 from vllm_spec_plugins.verifier import VerifyInput
 
 pytestmark = [pytest.mark.engine, pytest.mark.v2]
 
-#: Methods of a tensor that wait for its device, and of which torch's dispatcher hears nothing.
-METHODS = ("tolist", "cpu")
-#: Operations that do.
-OPERATIONS = ("_local_scalar_dense", "masked_select", "nonzero")
-INDEXING = ("index", "index_put", "index_put_")
+#: Folders whose files are counted.
 OURS = (
     "acme_spec_methods",
     "diffusion",
@@ -36,7 +25,6 @@ OURS = (
     "verifiers",
     "vllm_spec_plugins",
 )
-TORCH = str(Path(torch.__file__).parent)
 PROMPT = [3, 4, 5, 6, 3, 4, 5]
 
 EARLY_EXIT = {"method": "early_exit", "exit_layer": 2, "num_speculative_tokens": 3}
@@ -50,49 +38,8 @@ ON_DEVICE = {"method": "acme_on_device", "num_speculative_tokens": 3}
 BLOCK = {"name": "lossless", "rule": "block"}
 
 
-class Operations(TorchDispatchMode):
-    """Tells of operations that wait: `count` is called at each."""
-
-    def __init__(self, count: Callable[[], None]) -> None:
-        super().__init__()
-        self._count = count
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        name = func.overloadpacket.__name__
-        indices = args[1] if name in INDEXING else ()
-        if name in OPERATIONS or any(i is not None and i.dtype == torch.bool for i in indices):
-            self._count()
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def waits_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Waits by name of the file of ours that called, until the context ends."""
-    counted: Counter[str] = Counter()
-    counting = True
-
-    def count() -> None:
-        frame = sys._getframe(1)
-        while (name := frame.f_code.co_filename).startswith(TORCH) or name == __file__:
-            assert frame.f_back is not None
-            frame = frame.f_back
-        caller = Path(name)
-        if counting and caller.parent.name in OURS:
-            counted[caller.name] += 1
-
-    def counting_calls(original: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            count()
-            return original(self, *args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch, Operations(count):
-        for name in METHODS:
-            patch.setattr(torch.Tensor, name, counting_calls(getattr(torch.Tensor, name)))
-        yield counted
-        counting = False
+def ours(file: Path) -> bool:
+    return file.parent.name in OURS
 
 
 def waits_of_a_step(
@@ -116,7 +63,7 @@ def waits_of_a_step(
         steps.append(schedule(*args))
         return steps[-1]
 
-    with monkeypatch.context() as patch, waits_counted(monkeypatch) as counted:
+    with monkeypatch.context() as patch, waits_counted(ours) as counted:
         patch.setattr(
             llm.llm_engine.engine_core.engine_core.scheduler, "schedule", watched_schedule
         )
@@ -227,9 +174,7 @@ def test_a_diffusion_drafter_does_not_wait(
         assert not waits_of_a_step(llm, monkeypatch, temperature=(0.0, 1.0, 0.7))
 
 
-def test_requests_of_several_verifiers_are_picked_without_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_requests_of_several_verifiers_are_picked_without_waiting() -> None:
     """Whose rows are whose is known on the host."""
     from vllm_spec_plugins.verifiers.lossless import (  # pyright: ignore[reportMissingImports]
         Lossless,
@@ -245,7 +190,7 @@ def test_requests_of_several_verifiers_are_picked_without_waiting(
         "block": Lossless(LosslessOptions(rule="block"), context),
     }
     batch = step_of([2, 0, 3])
-    with waits_counted(monkeypatch) as counted:
+    with waits_counted(ours) as counted:
         verify_each(rules, batch, ["token", "token", "block"], [2, 0, 3])
     assert not counted
 
@@ -259,10 +204,10 @@ def test_a_proposer_that_looks_is_seen(serve_v2: Any, monkeypatch: pytest.Monkey
     assert counted == {"on_device.py": 1}
 
 
-def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_are_counted() -> None:
     """Negative control: where the host is not asked, requests are picked with two looks."""
     batch = step_of([2])
-    with waits_counted(monkeypatch) as counted:
+    with waits_counted(ours) as counted:
         batch.select(torch.tensor([0]))
     assert counted == {"verifier.py": 2}
 
