@@ -36,6 +36,14 @@ NGRAM_ADAPTIVE = {
 }
 ON_DEVICE = {"method": "acme_on_device", "num_speculative_tokens": 3}
 BLOCK = {"name": "lossless", "rule": "block"}
+RELAXED = (
+    {"name": "typical"},
+    {"name": "threshold"},
+    {"name": "fly", "window_size": 1},
+    {"name": "kl_judge"},
+    {"name": "top_k_relaxed", "k": 3},
+    {"name": "relaxed_visual", "rule": "gsd", "image_token_range": [4, 16]},
+)
 
 
 def ours(file: Path) -> bool:
@@ -43,17 +51,28 @@ def ours(file: Path) -> bool:
 
 
 def waits_of_a_step(
-    llm: Any, monkeypatch: pytest.MonkeyPatch, temperature: float | Sequence[float]
+    llm: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float | Sequence[float],
+    verifiers: Sequence[str] | None = None,
 ) -> Counter[str]:
     """Of one step in which every request's draft is verified and the next one drawn.
 
-    Three requests, all of one temperature or each of its own.
+    Three requests, all of one temperature or each of its own, and of one verifier or each of its
+    own.
     """
     from vllm import SamplingParams
 
     each = temperature if isinstance(temperature, Sequence) else [temperature] * 3
     for i, own in enumerate(each):
-        params = SamplingParams(temperature=own, max_tokens=30, ignore_eos=True, detokenize=False)
+        wish = {} if verifiers is None else {"verifier": verifiers[i]}
+        params = SamplingParams(
+            temperature=own,
+            max_tokens=30,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"spec_decode": wish},
+        )
         llm.llm_engine.add_request(str(i), {"prompt_token_ids": [*PROMPT, 7 + i]}, params)
     for _ in range(3):  # a prompt, a first draft, a step like all that follow
         llm.llm_engine.step()
@@ -125,6 +144,27 @@ def test_nothing_waits_under_asynchronous_scheduling(
 ) -> None:
     with serve_v2(config) as llm:
         assert not waits_of_a_step(llm, monkeypatch, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [
+        1.0,
+        pytest.param(0.0, marks=pytest.mark.slow),
+        pytest.param((0.0, 1.0, 0.7), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("asynchronous")
+def test_no_relaxed_rule_waits(
+    temperature: float | tuple[float, ...], serve_v2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one that verifies on the device and needs no file, in one engine."""
+    config = {**EARLY_EXIT, "verifier": "lossless", "verifiers_allowed": list(RELAXED)}
+    with serve_v2(config) as llm:
+        names = [rule["name"] for rule in RELAXED]
+        for three in (names[:3], names[3:]):
+            assert not waits_of_a_step(llm, monkeypatch, temperature, three), three
 
 
 @pytest.mark.slow
