@@ -307,7 +307,8 @@ def test_requests_over_their_limit_are_exact_and_the_others_are_not_touched(make
     rule, free = make(max_total_variation=0.01), make()
     batch, _, _ = enumerated_input([problem, problem])
     half = len(batch.num_draft) // 2
-    rule._spent.update(dict.fromkeys(batch.request_ids[:half], (5.0, 10)))
+    paid, looked_at = torch.full((half,), 5.0), torch.full((half,), 10)
+    rule._accounts.add(batch.request_ids[:half], paid, looked_at)
     exact, relaxed = output_laws(rule, [problem, problem])
     assert float((exact - problem.laws_of_text(4)).abs().max()) <= TOLERANCE
     assert torch.equal(relaxed, output_laws(free, [problem])[0])
@@ -331,7 +332,7 @@ def test_a_finished_request_is_forgotten() -> None:
     assert spend(rule, batch) == [0]
     rule.finish(["0"])
     assert spend(rule, batch) == pytest.approx([0.9])
-    assert len(rule._spent) == 1
+    assert len(rule._accounts) == 1
 
 
 @pytest.mark.parametrize("limit", [-0.1, 1.1, "0.5", math.nan])

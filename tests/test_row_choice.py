@@ -42,6 +42,12 @@ RULES: dict[str, Callable[[Path, range], Verifier]] = {
         "lantern", codes, folder, residual="published"
     ),
     "clusters": lambda folder, codes: visual("clusters", codes, folder, cluster_size=3),
+    "typical, limited": lambda *_: Typical(
+        TypicalOptions(max_total_variation=0.02), toy_context(V)
+    ),
+    "clusters, limited": lambda folder, codes: visual(
+        "clusters", codes, folder, cluster_size=3, max_total_variation=0.005
+    ),
 }
 EVERY_RULE = pytest.mark.parametrize("rule", RULES)
 
@@ -121,6 +127,7 @@ def test_unseen_the_same_is_decided_without_a_wait(
 ) -> None:
     verifier = RULES[rule](tmp_path, CODES)
     seen = [verifier.verify(step(draft, heat, seed=seed)) for seed in range(12)]
+    verifier.finish(step(draft, heat).request_ids)
     unseen()
     steps = [step(draft, heat, seed=seed) for seed in range(12)]
     with waits_counted() as counted:
@@ -134,6 +141,15 @@ def test_unseen_the_same_is_decided_without_a_wait(
     assert sum(int(each.accepted.sum()) for each in seen) > 0
 
 
+@pytest.mark.parametrize("rule", ["typical", "clusters"])
+def test_limits_hold_somebody_back(rule: str, tmp_path: Path) -> None:
+    """Negative control: without limits the same steps are decided otherwise."""
+    limited, free = (RULES[name](tmp_path, CODES) for name in (f"{rule}, limited", rule))
+    steps = [step("drawn", (1, 1, 0.7, 1), seed=seed) for seed in range(40)]
+    found = [limited.verify(each).accepted - free.verify(each).accepted for each in steps]
+    assert any(bool((less < 0).any()) for less in found)
+
+
 @EVERY_RULE
 def test_unseen_drafts_of_no_tokens(rule: str, unseen: Callable[[], None], tmp_path: Path) -> None:
     verifier = RULES[rule](tmp_path, CODES)
@@ -144,7 +160,7 @@ def test_unseen_drafts_of_no_tokens(rule: str, unseen: Callable[[], None], tmp_p
         assert torch.equal(verifier.verify(each).token_ids, token_ids)
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r not in ("lossless", "lantern, published")])
+@pytest.mark.parametrize("rule", [r for r in RULES if r != "lossless" and "," not in r])
 def test_unseen_the_price_is_the_distance(
     rule: str, unseen: Callable[[], None], tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from vllm_spec_plugins.errors import ConfigError, did_you_mean
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.judge_head import JudgeCard, JudgeHead
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
 from vllm_spec_plugins.vocabulary_passes import is_single, scores_at_least
@@ -89,7 +89,7 @@ class Judge(RelaxedRule):
     def verifies_on_device(cls, options: VerifierOptions) -> bool:
         """Not beside tool calls, which are looked for in texts on the host."""
         assert isinstance(options, JudgeOptions)
-        return keeps_no_budget(options) and not JudgeCard.read(options.head).tool_calls
+        return not JudgeCard.read(options.head).tool_calls
 
     def judged(self, batch: VerifyInput, rows: Tensor | None = None) -> Tensor:
         """`[N]` bool, draft tokens the head lets stand; `[M]` of some rows.

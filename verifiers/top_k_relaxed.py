@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.greedy_on_host import decide
-from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule, keeps_no_budget
+from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.token_spans import TokenSpans
 from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
@@ -81,7 +81,7 @@ class TopKRelaxed(RelaxedRule):
     def verifies_on_device(cls, options: VerifierOptions) -> bool:
         """Not between tags, which are looked for in texts on the host."""
         assert isinstance(options, TopKRelaxedOptions)
-        return keeps_no_budget(options) and options.begin_thinking_token_id is None
+        return options.begin_thinking_token_id is None
 
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
         accept = token_acceptance(batch)

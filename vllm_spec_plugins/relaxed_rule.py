@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .greedy_on_host import lay_out, mismatches
 from .nobodys_step import nobodys_step
-from .row_choice import replace_rows
+from .price_accounts import PriceAccounts
+from .row_choice import may_look, replace_rows
 from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
     GivenAcceptance,
     Judge,
@@ -34,6 +35,7 @@ from .verifier import (
     VerifierOptions,
     VerifyInput,
     greedy_matches,
+    in_table,
     token_acceptance,
 )
 
@@ -51,11 +53,6 @@ class RelaxedOptions(VerifierOptions):
         description="A request whose mean price per draft token looked at reaches this is "
         "verified exactly until the mean is below it again; 0: always. Absent: no limit.",
     )
-
-
-def keeps_no_budget(options: VerifierOptions) -> bool:
-    """Whether nothing is remembered of what requests have paid: that is done on the host."""
-    return getattr(options, "max_total_variation", None) is None
 
 
 class RelaxedRule(AcceptanceRule):
@@ -77,8 +74,7 @@ class RelaxedRule(AcceptanceRule):
     def __init__(self, options: RelaxedOptions, context: EngineContext) -> None:
         super().__init__(options, context)
         self._max_total_variation = options.max_total_variation
-        #: Of each request with a limit: price paid, draft tokens looked at.
-        self._spent: dict[str, tuple[float, int]] = {}
+        self._accounts = PriceAccounts(context.device)
 
     @abstractmethod
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
@@ -106,13 +102,15 @@ class RelaxedRule(AcceptanceRule):
         del batch, rows
 
     def exact_requests(self, batch: VerifyInput) -> Tensor | None:
-        """`[R]` bool, requests verified exactly in this step; None when there are none."""
+        """`[R]` bool, requests verified exactly in this step; None when there can be none."""
         limit = self._max_total_variation
         if limit is None:
             return None
-        spent = [self._spent.get(request_id, (0.0, 0)) for request_id in batch.request_ids]
-        exact = [paid >= limit * count and (count > 0 or limit == 0) for paid, count in spent]
-        return torch.tensor(exact, device=batch.num_draft.device) if any(exact) else None
+        paid, count = self._accounts.of(batch.request_ids)
+        exact = paid >= limit * count
+        if limit > 0:  # who has not begun has not reached it
+            exact &= count > 0
+        return None if may_look(exact) and not exact.any() else exact
 
     # What the base class asks for.
 
@@ -139,7 +137,7 @@ class RelaxedRule(AcceptanceRule):
         if exact is None:
             return self.relaxed_acceptance_over_vocabulary(batch, rows)
         exact_rows = exact[batch.request_of[rows]]
-        if exact_rows.all():
+        if may_look(exact_rows) and exact_rows.all():
             return None
         accept = self.relaxed_acceptance_over_vocabulary(batch, rows)
         # [p - q]+ is the residual of the exact rule.
@@ -206,21 +204,17 @@ class RelaxedRule(AcceptanceRule):
         """Add a step to what its requests have spent. For rules that override `verify`."""
         if self._max_total_variation is None or verification.extra_acceptance is None:
             return
-        # In lists: a few numbers of each request take less than a few calls on arrays.
-        ids, extra = batch.draft_token_ids.tolist(), verification.extra_acceptance.tolist()
-        lengths, accepted = batch.num_draft.tolist(), verification.accepted.tolist()
-        start = 0
-        for request_id, length, stand in zip(batch.request_ids, lengths, accepted, strict=True):
-            paid, looked_at = self._spent.get(request_id, (0.0, 0))
-            # All that stand were looked at, and the token that does not, if it is one.
-            refused = stand < length and ids[start + stand] >= 0
-            paid += sum(extra[start : start + length])
-            self._spent[request_id] = (paid, looked_at + stand + refused)
-            start += length
+        # All that stand were looked at, and the token that does not, if it is one.
+        examined = verification.accepted
+        if len(batch.draft_token_ids):
+            after = (batch.first + examined).clamp(max=len(batch.draft_token_ids) - 1)
+            refused = (examined < batch.num_draft) & (batch.draft_token_ids[after] >= 0)
+            examined = examined + refused
+        price = in_table(batch, verification.extra_acceptance).double().sum(dim=1)
+        self._accounts.add(batch.request_ids, price, examined)
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._spent.pop(request_id, None)
+        self._accounts.forget(request_ids)
 
     @property
     def _is_asked_of_mismatches(self) -> bool:

@@ -261,7 +261,7 @@ def test_a_failing_proposer_costs_no_request(
                 "method": "acme_on_device",
                 "verifier": {"name": "typical", "max_total_variation": 0.1},
             },
-            ['verifier "typical" with these options'],
+            [],
         ),
         (
             {

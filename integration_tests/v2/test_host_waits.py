@@ -37,12 +37,17 @@ NGRAM_ADAPTIVE = {
 ON_DEVICE = {"method": "acme_on_device", "num_speculative_tokens": 3}
 BLOCK = {"name": "lossless", "rule": "block"}
 RELAXED = (
-    {"name": "typical"},
+    {"name": "typical", "max_total_variation": 0.1},
     {"name": "threshold"},
     {"name": "fly", "window_size": 1},
     {"name": "kl_judge"},
     {"name": "top_k_relaxed", "k": 3},
-    {"name": "relaxed_visual", "rule": "gsd", "image_token_range": [4, 16]},
+    {
+        "name": "relaxed_visual",
+        "rule": "gsd",
+        "image_token_range": [4, 16],
+        "max_total_variation": 0.1,
+    },
 )
 
 
