@@ -185,6 +185,27 @@ def test_a_wrong_law_of_drafts_on_the_device_is_seen(
     assert failures(found, FALSE_ALARM)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [0.0, None])
+@pytest.mark.usefixtures("asynchronous")
+def test_a_relaxed_rule_without_allowance_follows_the_target(
+    limit: float | None,
+    many: Any,
+    law: Tensor,
+    generate: Any,
+    drafted_by: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Accounts and rows stay on the device; with a free hand the same rule is seen to relax."""
+    monkeypatch.setattr("vllm_spec_plugins.row_choice.use_triton", lambda _tensor: True)
+    config = {**EARLY_EXIT, "verifier": {"name": "typical", "max_total_variation": limit}}
+    if limit is not None:
+        holds_to_the_law(config, many, law, generate, drafted_by)
+        return
+    with many(config) as llm:
+        assert failures(fits(llm, generate, law), FALSE_ALARM)
+
+
 def holds_to_the_law(
     config: dict[str, Any], many: Any, law: Tensor, generate: Any, drafted_by: Any
 ) -> None:
