@@ -162,8 +162,7 @@ def test_limits_are_spent_alike(name: str, build: Build) -> None:
         batch = ragged_step(3000, seed)
         found = lazy.verify(batch)
         assert_same(found, in_pytorch(eager, batch))
-        spent, wanted = (rule._accounts.of(batch.request_ids) for rule in (lazy, eager))
-        assert torch.equal(torch.stack(spent), torch.stack(wanted))
+        assert lazy._accounts._sums == eager._accounts._sums
         held_back += int((found.accepted < free.verify(batch).accepted).sum())
     assert held_back > 5
 

@@ -26,6 +26,7 @@ from vllm_spec_plugins.verifiers.typical import Typical, TypicalOptions
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.price_accounts import PricesOnHost
 from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.testing.enumeration import (
@@ -307,8 +308,8 @@ def test_requests_over_their_limit_are_exact_and_the_others_are_not_touched(make
     rule, free = make(max_total_variation=0.01), make()
     batch, _, _ = enumerated_input([problem, problem])
     half = len(batch.num_draft) // 2
-    paid, looked_at = torch.full((half,), 5.0), torch.full((half,), 10)
-    rule._accounts.add(batch.request_ids[:half], paid, looked_at)
+    assert isinstance(rule._accounts, PricesOnHost)
+    rule._accounts._sums.update(dict.fromkeys(batch.request_ids[:half], (5.0, 10)))
     exact, relaxed = output_laws(rule, [problem, problem])
     assert float((exact - problem.laws_of_text(4)).abs().max()) <= TOLERANCE
     assert torch.equal(relaxed, output_laws(free, [problem])[0])

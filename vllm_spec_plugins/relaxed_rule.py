@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .greedy_on_host import lay_out, mismatches
 from .nobodys_step import nobodys_step
-from .price_accounts import PriceAccounts
+from .price_accounts import price_accounts
 from .row_choice import may_look, replace_rows
 from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
     GivenAcceptance,
@@ -35,7 +35,6 @@ from .verifier import (
     VerifierOptions,
     VerifyInput,
     greedy_matches,
-    in_table,
     token_acceptance,
 )
 
@@ -74,7 +73,7 @@ class RelaxedRule(AcceptanceRule):
     def __init__(self, options: RelaxedOptions, context: EngineContext) -> None:
         super().__init__(options, context)
         self._max_total_variation = options.max_total_variation
-        self._accounts = PriceAccounts(context.device)
+        self._accounts = price_accounts(context.device)
 
     @abstractmethod
     def relaxed_acceptance(self, batch: VerifyInput) -> Tensor:
@@ -102,15 +101,12 @@ class RelaxedRule(AcceptanceRule):
         del batch, rows
 
     def exact_requests(self, batch: VerifyInput) -> Tensor | None:
-        """`[R]` bool, requests verified exactly in this step; None when there can be none."""
+        """`[R]` bool, requests verified exactly in this step; None when there are none.
+
+        On a device None only where no request has a limit.
+        """
         limit = self._max_total_variation
-        if limit is None:
-            return None
-        paid, count = self._accounts.of(batch.request_ids)
-        exact = paid >= limit * count
-        if limit > 0:  # who has not begun has not reached it
-            exact &= count > 0
-        return None if may_look(exact) and not exact.any() else exact
+        return None if limit is None else self._accounts.at_limit(batch, limit)
 
     # What the base class asks for.
 
@@ -204,14 +200,7 @@ class RelaxedRule(AcceptanceRule):
         """Add a step to what its requests have spent. For rules that override `verify`."""
         if self._max_total_variation is None or verification.extra_acceptance is None:
             return
-        # All that stand were looked at, and the token that does not, if it is one.
-        examined = verification.accepted
-        if len(batch.draft_token_ids):
-            after = (batch.first + examined).clamp(max=len(batch.draft_token_ids) - 1)
-            refused = (examined < batch.num_draft) & (batch.draft_token_ids[after] >= 0)
-            examined = examined + refused
-        price = in_table(batch, verification.extra_acceptance).double().sum(dim=1)
-        self._accounts.add(batch.request_ids, price, examined)
+        self._accounts.pay(batch, verification)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         self._accounts.forget(request_ids)
