@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_spec_plugins import zoo
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule
 from vllm_spec_plugins.context import EngineContext, ModelFacts
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-from vllm_spec_plugins.verifier import AcceptanceRule, Verifier, VerifyInput, sample_weights
+from vllm_spec_plugins.draw_next import sample_weights
+from vllm_spec_plugins.verifier import Verifier, VerifyInput
 from vllm_spec_plugins.zoo.hugging_face import load_model
 from vllm_spec_plugins.zoo.image_tokens import IMAGE_TOKEN_RANGE, TOKENS_PER_IMAGE, prompts_of
 from vllm_spec_plugins.zoo.model import Llama, _rotate, _rotation

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-from vllm_spec_plugins.verifier import sample_weights
+from vllm_spec_plugins.draw_next import sample_weights
 
 
 @dataclass(frozen=True, slots=True)

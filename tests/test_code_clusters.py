@@ -13,10 +13,12 @@ from torch import Tensor
 from vllm_spec_plugins.verifiers.code_clusters import CodeClusters
 from vllm_spec_plugins.verifiers.relaxed_visual import RelaxedVisual, RelaxedVisualOptions
 
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 from vllm_spec_plugins.calibration.codebook import nearest_codes
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, write_neighbours
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError
+from vllm_spec_plugins.residual import residual_weights
 from vllm_spec_plugins.testing.enumeration import (
     enumerated_input,
     expected_accepted,
@@ -35,7 +37,7 @@ from vllm_spec_plugins.testing.toy_problems import (
     truncated_target,
     within_vocabulary,
 )
-from vllm_spec_plugins.verifier import VerifyInput, residual_weights, token_acceptance
+from vllm_spec_plugins.verifier import VerifyInput
 
 #: Ids 0 and 5 are text. Codes 0, 1 and 2 (ids 1 to 3) are one cluster, code 3 is alone.
 VOCABULARY, FIRST = 6, 1

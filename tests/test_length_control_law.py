@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
 from vllm_spec_plugins.confidence_threshold import ConfidenceThreshold, ConfidenceThresholdOptions
+from vllm_spec_plugins.draw_next import sample_weights
 from vllm_spec_plugins.length_control import LengthController, RequestKeys
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.testing import ToyProblem, goodness_of_fit, toy_context
@@ -26,7 +27,6 @@ from vllm_spec_plugins.testing.enumeration import _law_of_text, every_draft
 from vllm_spec_plugins.testing.guarantees import TOLERANCE
 from vllm_spec_plugins.testing.toy_problems import DraftedStep, random_problem, verify_input
 from vllm_spec_plugins.thompson_sampling import Thompson, ThompsonOptions
-from vllm_spec_plugins.verifier import sample_weights
 
 NUM_DRAFT = 3
 CONTEXT = replace(toy_context(num_speculative_tokens=NUM_DRAFT), max_num_requests=64)

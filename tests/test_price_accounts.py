@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_spec_plugins.price_accounts import (
@@ -62,6 +62,7 @@ def at_limit(accounts: PriceAccounts, batch: VerifyInput, limit: float) -> list[
     return [False] * len(batch.request_ids) if found is None else found.tolist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(STEPS, st.booleans())))
 def test_both_keep_the_same_accounts(
     steps: list[tuple[dict[str, tuple[int, int, bool]], bool]],

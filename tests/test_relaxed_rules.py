@@ -24,11 +24,13 @@ from vllm_spec_plugins.verifiers.threshold import Threshold, ThresholdOptions
 from vllm_spec_plugins.verifiers.top_k_relaxed import TopKRelaxed, TopKRelaxedOptions
 from vllm_spec_plugins.verifiers.typical import Typical, TypicalOptions
 
+from vllm_spec_plugins.acceptance_rule import exact_acceptance, token_acceptance
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.price_accounts import PricesOnHost
 from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.residual import residual_weights
 from vllm_spec_plugins.testing.enumeration import (
     enumerated_input,
     enumeration_error,
@@ -50,15 +52,7 @@ from vllm_spec_plugins.testing.toy_problems import (
     toy_context,
     truncated_target,
 )
-from vllm_spec_plugins.verifier import (
-    Guarantee,
-    TokenHistory,
-    VerifierOptions,
-    VerifyInput,
-    exact_acceptance,
-    residual_weights,
-    token_acceptance,
-)
+from vllm_spec_plugins.verifier import Guarantee, TokenHistory, VerifierOptions, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import (
     count_above,
     largest_of_rows,

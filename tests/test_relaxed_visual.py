@@ -14,12 +14,14 @@ from torch import Tensor
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 from vllm_spec_plugins.verifiers.relaxed_visual import RelaxedVisual, RelaxedVisualOptions
 
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, write_neighbours
 from vllm_spec_plugins.config import read_options
 from vllm_spec_plugins.context import ModelFacts
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.errors import ConfigError, SpecPluginsError
 from vllm_spec_plugins.registry import Kind
+from vllm_spec_plugins.residual import residual_weights
 from vllm_spec_plugins.testing.enumeration import (
     enumerated_input,
     first_token_prices,
@@ -37,7 +39,7 @@ from vllm_spec_plugins.testing.toy_problems import (
     toy_context,
     truncated_target,
 )
-from vllm_spec_plugins.verifier import VerifyInput, residual_weights, token_acceptance
+from vllm_spec_plugins.verifier import VerifyInput
 
 Make = Callable[..., RelaxedVisual]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule
 from vllm_spec_plugins.testing.controls import misstated
 from vllm_spec_plugins.testing.enumeration import has_exact_law
 from vllm_spec_plugins.testing.guarantees import assert_draws_its_law, build_verifier
-from vllm_spec_plugins.verifier import AcceptanceRule
 
 RULES = {
     "typical": "{}",

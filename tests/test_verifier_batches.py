@@ -17,9 +17,10 @@ from vllm_spec_plugins.verifiers.block_verification import (
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
+from vllm_spec_plugins.draw_next import sample_weights
 from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.testing.toy_problems import toy_context
-from vllm_spec_plugins.verifier import VerifyInput, sample_weights
+from vllm_spec_plugins.verifier import VerifyInput
 from vllm_spec_plugins.vocabulary_passes import first_argmax, log_normaliser, probability_of
 
 TOKEN = Lossless(LosslessOptions(rule="token"), toy_context())

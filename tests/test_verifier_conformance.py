@@ -13,7 +13,8 @@ from vllm_spec_plugins.errors import ConfigError, PluginError
 from vllm_spec_plugins.testing.guarantees import build_verifier
 
 THEIRS = """
-from vllm_spec_plugins.verifier import AcceptanceRule, Guarantee, token_acceptance
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule, token_acceptance
+from vllm_spec_plugins.verifier import Guarantee
 
 class Right(AcceptanceRule):
     guarantee = Guarantee.LOSSLESS

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm_spec_plugins.verifiers.lossless import Lossless, LosslessOptions
 
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule, token_acceptance
 from vllm_spec_plugins.testing.enumeration import (
     enumerated_input,
     enumeration_error,
@@ -33,13 +34,7 @@ from vllm_spec_plugins.testing.toy_problems import (
     truncated_draft,
     within_vocabulary,
 )
-from vllm_spec_plugins.verifier import (
-    AcceptanceRule,
-    Guarantee,
-    VerifierOptions,
-    VerifyInput,
-    token_acceptance,
-)
+from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput
 
 TOKEN = Lossless(LosslessOptions(rule="token"), toy_context())
 BLOCK = Lossless(LosslessOptions(rule="block"), toy_context())

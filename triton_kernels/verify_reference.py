@@ -8,15 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule, token_acceptance
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
-from vllm_spec_plugins.verifier import (
-    AcceptanceRule,
-    Guarantee,
-    Verification,
-    VerifierOptions,
-    VerifyInput,
-    token_acceptance,
-)
+from vllm_spec_plugins.verifier import Guarantee, Verification, VerifierOptions, VerifyInput
 
 from .relaxations import DraftLogits, GivenAcceptance, GroupSum, Judge, NeighbourSum, Relaxation
 

@@ -24,17 +24,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import greedy_matches
+from vllm_spec_plugins.draw_next import draw_next
 from vllm_spec_plugins.random_numbers import Purpose
-from vllm_spec_plugins.verifier import (
-    Verification,
-    VerifyInput,
-    assemble,
-    draw_next,
-    greedy_matches,
-    leading_run,
-    residual_weights,
-    unclaimed,
-)
+from vllm_spec_plugins.residual import residual_weights, unclaimed
+from vllm_spec_plugins.token_tables import assemble, leading_run
+from vllm_spec_plugins.verifier import Verification, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import row_blocks
 
 from ..triton_kernels.verify_fused import can_verify_fused, verify_fused  # noqa: TID252

@@ -35,7 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import VerifyInput, or_target_law
+from vllm_spec_plugins.residual import or_target_law
+from vllm_spec_plugins.verifier import VerifyInput
 from vllm_spec_plugins.vocabulary_passes import is_compiled, kernels
 
 from .law_entries import draft_entries, draft_laws, target_entries

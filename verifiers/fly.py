@@ -23,20 +23,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import exact_acceptance
+from vllm_spec_plugins.draw_next import draw_next
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.greedy_on_host import decide, lay_out, mismatches
 from vllm_spec_plugins.random_numbers import Purpose
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.row_choice import replace_rows
-from vllm_spec_plugins.verifier import (
-    Verification,
-    VerifierOptions,
-    VerifyInput,
-    assemble,
-    draw_next,
-    exact_acceptance,
-    leading_run,
-)
+from vllm_spec_plugins.token_tables import assemble, leading_run
+from vllm_spec_plugins.verifier import Verification, VerifierOptions, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import is_compiled, largest_entries, undecided_rows
 
 if TYPE_CHECKING:

@@ -24,12 +24,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 from vllm_spec_plugins.errors import ConfigError, did_you_mean
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.judge_head import JudgeCard, JudgeHead
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.token_spans import TokenSpans
-from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
+from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import is_single, scores_at_least
 
 from ..triton_kernels.relaxations import Judge as Verdicts  # noqa: TID252

@@ -22,12 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 from vllm_spec_plugins.context import EngineContext
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.hookspecs import logger
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.row_choice import replace_rows
-from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput, token_acceptance
+from vllm_spec_plugins.verifier import Guarantee, VerifierOptions, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import divergence_of_rows, is_compiled, near_laws
 
 

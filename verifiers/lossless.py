@@ -15,14 +15,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import (
-    AcceptanceRule,
-    Guarantee,
-    Verification,
-    VerifierOptions,
-    VerifyInput,
-    token_acceptance,
-)
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule, token_acceptance
+from vllm_spec_plugins.verifier import Guarantee, Verification, VerifierOptions, VerifyInput
 
 from ..triton_kernels.verify_fused import can_verify_fused, verify_fused  # noqa: TID252
 from .block_verification import block_accepted_law, block_residual, capped_ratio, verify_block

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import VerifyInput, or_target_law
+from vllm_spec_plugins.residual import or_target_law
+from vllm_spec_plugins.verifier import VerifyInput
 
 from .law_entries import draft_laws, target_entries
 

@@ -31,18 +31,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 from vllm_spec_plugins.codebook_neighbours import NeighbourCard, read_neighbours
 from vllm_spec_plugins.errors import ConfigError, listed
 from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.image_token_range import chosen_image_tokens
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
+from vllm_spec_plugins.residual import residual_weights
 from vllm_spec_plugins.row_choice import replace_rows
-from vllm_spec_plugins.verifier import (
-    VerifierOptions,
-    VerifyInput,
-    residual_weights,
-    token_acceptance,
-)
+from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 
 from ..triton_kernels.relaxations import Judge, NeighbourSum, Relaxation  # noqa: TID252
 from .code_clusters import CodeClusters

@@ -16,12 +16,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.greedy_on_host import decide
 from vllm_spec_plugins.relaxed_rule import RelaxedOptions, RelaxedRule
 from vllm_spec_plugins.row_choice import replace_rows
 from vllm_spec_plugins.token_spans import TokenSpans
-from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput, token_acceptance
+from vllm_spec_plugins.verifier import VerifierOptions, VerifyInput
 from vllm_spec_plugins.vocabulary_passes import count_above, largest_of_rows
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .acceptance_rule import AcceptanceRule
     from .context import EngineContext, ModelFacts
     from .device_drafting import DeviceDraft, DeviceDraftInput, DeviceStepStates
     from .draft_probabilities import DraftProbabilities
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .relaxed_rule import RelaxedOptions, RelaxedRule
     from .target_model import TargetModel
     from .verifier import (
-        AcceptanceRule,
         Guarantee,
         TokenHistory,
         Verification,
@@ -68,7 +68,7 @@ __all__ = [
 
 #: The module each name lives in.
 _HOME = {
-    "AcceptanceRule": "verifier",
+    "AcceptanceRule": "acceptance_rule",
     "DeviceDraft": "device_drafting",
     "DeviceDraftInput": "device_drafting",
     "DeviceStepStates": "device_drafting",

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .draft_probabilities import DraftProbabilities
+from .draw_next import sample_weights
 from .transfers import to_device
 from .triton_kernels.ranked_lm_head import (  # pyright: ignore[reportMissingImports]
     has_fused_head,
     ranked_lm_head,
 )
-from .verifier import sample_weights
 from .vocabulary_passes import first_argmax, log_normaliser
 
 

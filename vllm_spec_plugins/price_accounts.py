@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .row_choice import may_look
+from .token_tables import in_table
 from .transfers import to_device
-from .verifier import Verification, VerifyInput, in_table
+from .verifier import Verification, VerifyInput
 
 #: Requests that `PricesOnDevice` has room for at first.
 _ROOM = 64

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .acceptance_rule import AcceptanceRule, greedy_matches, token_acceptance
 from .greedy_on_host import lay_out, mismatches
 from .nobodys_step import nobodys_step
 from .price_accounts import price_accounts
@@ -28,15 +29,7 @@ from .triton_kernels.verify_fused import (  # pyright: ignore[reportMissingImpor
     can_verify_fused,
     verify_fused,
 )
-from .verifier import (
-    AcceptanceRule,
-    Guarantee,
-    Verification,
-    VerifierOptions,
-    VerifyInput,
-    greedy_matches,
-    token_acceptance,
-)
+from .verifier import Guarantee, Verification, VerifierOptions, VerifyInput
 
 if TYPE_CHECKING:
     from .context import EngineContext

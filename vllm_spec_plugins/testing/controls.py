@@ -12,16 +12,15 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule, token_acceptance
 from vllm_spec_plugins.draft_probabilities import DraftProbabilities
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.verifier import (
-    AcceptanceRule,
     Guarantee,
     Verification,
     Verifier,
     VerifierOptions,
     VerifyInput,
-    token_acceptance,
 )
 
 from .toy_problems import toy_context

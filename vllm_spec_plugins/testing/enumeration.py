@@ -17,8 +17,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule
 from vllm_spec_plugins.relaxed_rule import RelaxedRule
-from vllm_spec_plugins.verifier import AcceptanceRule, Verifier, VerifyInput
+from vllm_spec_plugins.verifier import Verifier, VerifyInput
 
 from .toy_problems import DraftedStep, ToyProblem, verify_input
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_spec_plugins.draw_next import sample_weights
 from vllm_spec_plugins.random_numbers import Purpose, uniforms
-from vllm_spec_plugins.verifier import Verifier, sample_weights
+from vllm_spec_plugins.verifier import Verifier
 
 from .toy_problems import DraftedStep, ToyProblem, verify_input
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.verifier import AcceptanceRule
+from vllm_spec_plugins.acceptance_rule import AcceptanceRule
 
 from .chi_square import GoodnessOfFit, compare
 from .enumeration import every_draft, step_laws

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins import AcceptanceRule, Guarantee, VerifierOptions, VerifyInput
-from vllm_spec_plugins.verifier import token_acceptance
+from vllm_spec_plugins.acceptance_rule import token_acceptance
 
 
 class LenientOptions(VerifierOptions):
