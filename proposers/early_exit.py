@@ -440,7 +440,10 @@ class EarlyExit(Proposer):
             `[n]` int64 token ids, and `[n]` float32 confidences.
         """
         logits, vocabulary = run(step)
-        drawn = draw(logits, draws, index, wants_confidences)
+        room = None
+        if rows is None and draws is not None and isinstance(logits, torch.Tensor):
+            room = self._laws.room(index, logits)
+        drawn = draw(logits, draws, index, wants_confidences, room)
         self._laws.put(rows, index, drawn, vocabulary)
         return token_ids_of(drawn.columns, vocabulary), drawn.confidences
 

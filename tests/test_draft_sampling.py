@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_spec_plugins.draft_sampling import Draws, draw
+from vllm_spec_plugins.draft_sampling import DraftLaws, Draws, draw
 
 ROWS, WIDTH, K = 6, 50, 2
 TEMPERATURES = {
@@ -55,3 +55,26 @@ def test_some_of_the_requests_go_on(logits: Tensor, uniforms: Tensor) -> None:
         assert some.columns.tolist() == whole.columns[rows].tolist()
         assert some.sampled is not None
         assert some.sampled.tolist() == (temperatures[rows] > 0).tolist()
+
+
+def test_laws_written_in_place_are_those_put_there() -> None:
+    generator = torch.Generator().manual_seed(3)
+    steps = [torch.randn(3, 11, generator=generator) for _ in range(4)]
+    uniforms = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    draws = Draws.of(np.array([1.0, 0.0, 0.6], dtype=np.float32), uniforms)
+    in_place, put = DraftLaws(), DraftLaws()
+    for _ in range(2):  # the memory is used again
+        for laws in (in_place, put):
+            laws.begin(3, 4)
+            for index, logits in enumerate(steps):
+                mine = logits.clone()
+                room = laws.room(index, mine) if laws is in_place else None
+                laws.put(None, index, draw(mine, draws, index, room=room), None)
+        found, expected = in_place.result(), put.result()
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found.values, expected.values)
+        assert found.values.shape == (3, 4, 11)
+        assert found.sampled is not None
+        assert expected.sampled is not None
+        assert torch.equal(found.sampled, expected.sampled)

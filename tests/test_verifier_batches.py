@@ -285,7 +285,7 @@ def test_looking_backwards_finds_the_longest(draft: str, counts: list[int], seed
 # --- what they are made of ---
 
 
-@pytest.mark.parametrize("width", [1, 2, 511, 512, 513, 1024, 3000])
+@pytest.mark.parametrize("width", [1, 2, 511, 512, 513, 1024, 3000, 20_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sample_weights_inverts_the_running_sum(width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(width)
@@ -303,7 +303,7 @@ def test_sample_weights_inverts_the_running_sum(width: int, dtype: torch.dtype) 
     assert (value < before + slack).all()
 
 
-@pytest.mark.parametrize("width", [3, 512, 2000])
+@pytest.mark.parametrize("width", [3, 512, 2000, 2048, 2049, 20_001])
 @pytest.mark.parametrize("u", [2.0**-53, 0.5, 1 - 2.0**-53])
 def test_sample_weights_never_draws_weight_zero(width: int, u: float) -> None:
     for token in (0, 1, width // 2, width - 1):

@@ -26,6 +26,8 @@ from .compiled_arithmetic import (
 _SPAN = 32
 #: A probability below this may have lost digits.
 FEW_DIGITS = 1e-30
+#: Columns summed at once where one is drawn: their sums vectorise, a running sum does not.
+_SUM_OF = 128
 #: Columns whose largest logit is kept, by `argmax_and_maxima`.
 MAXIMUM_OF = 128
 #: Their bits; those of what is no number are above.
@@ -79,6 +81,50 @@ def argmax_and_maxima(logits, ids, maxima):
             if value != value or (numbers and value == largest[best]):
                 ids[i] = column
                 break
+
+
+@compiled
+def drawn_columns(weights, u, columns):
+    """Inverse transform sampling: the first column whose running sum is above u of the total.
+
+    Args:
+        weights: `[rows, V]`, none negative, each row with a positive sum.
+        u: `[rows]` float64 in (0, 1).
+        columns: `[rows]`. Filled; never with a column of weight 0.
+    """
+    width = weights.shape[1]
+    whole = width // _SUM_OF
+    sums = np.empty(whole + 1)
+    for i in range(len(weights)):
+        row = weights[i]
+        for span in range(whole):
+            of_span = 0.0
+            for column in range(span * _SUM_OF, span * _SUM_OF + _SUM_OF):
+                of_span += row[column]
+            sums[span] = of_span
+        rest = 0.0
+        for column in range(whole * _SUM_OF, width):
+            rest += row[column]
+        sums[whole] = rest
+        left, chosen = u[i] * sums.sum(), -1
+        for span in range(whole + 1):
+            if sums[span] > 0:
+                chosen = span
+                if left < sums[span]:
+                    break
+                left -= sums[span]
+        # Where the weights are no numbers, any.
+        columns[i] = width - 1
+        if chosen < 0:
+            continue
+        start = chosen * _SUM_OF
+        for column in range(start, min(start + _SUM_OF, width)):
+            # Rounding may leave more than there is: the last one stands.
+            if row[column] > 0:
+                columns[i] = column
+                if left < row[column]:
+                    break
+                left -= row[column]
 
 
 @compiled

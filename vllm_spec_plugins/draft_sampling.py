@@ -85,7 +85,11 @@ class Draws:
 
 
 def draw(
-    logits: Tensor | MostLikely, draws: Draws | None, index: int, wants_confidences: bool = False
+    logits: Tensor | MostLikely,
+    draws: Draws | None,
+    index: int,
+    wants_confidences: bool = False,
+    room: Tensor | None = None,
 ) -> Drawn:
     """Draw, or choose where the temperature is 0.
 
@@ -95,6 +99,7 @@ def draw(
         draws: None: the most likely token everywhere.
         index: Which token of the round, 0 for the first.
         wants_confidences: Whether `Drawn.confidences` is read.
+        room: `[R, M]` memory for `Drawn.probabilities`; None: new.
     """
     if isinstance(logits, MostLikely):
         assert draws is None
@@ -108,7 +113,7 @@ def draw(
         return Drawn(columns, confidences, None, None)
     if draws.scale is not None:
         logits.div_(draws.scale)
-    probabilities = torch.softmax(logits, dim=-1)
+    probabilities = torch.softmax(logits, dim=-1, out=room)
     columns = sample_weights(probabilities, draws.uniforms[:, index])
     if draws.chosen is not None:
         columns[draws.chosen] = first_argmax(logits.index_select(0, draws.chosen))
@@ -169,15 +174,32 @@ class DraftLaws:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
+        #: `[K, R, M]`: the laws of one token of every request lie side by side.
         self._values: Tensor | None = None
+        self._room: Tensor | None = None
         self._shape = (0, 0)
         self._sampled = torch.empty(0)
         self._vocabulary: Tensor | None = None
 
     def begin(self, num_requests: int, width: int) -> None:
         """A round of up to `width` tokens for each request."""
-        self._values, self._vocabulary = None, None
+        self._values, self._vocabulary, self._room = None, None, None
         self._shape = (num_requests, width)
+
+    def room(self, index: int, logits: Tensor) -> Tensor:
+        """`[R, M]` where the laws of the `index`-th token of all requests may be written.
+
+        Spares `put` a copy: into memory that has left the caches meanwhile.
+
+        Args:
+            index: Of the round.
+            logits: `[R, M]` that the laws are made of.
+        """
+        if self._values is None:
+            self._start(logits)
+        assert self._values is not None
+        self._room = self._values[index]
+        return self._room
 
     def put(self, rows: Tensor | None, index: int, drawn: Drawn, vocabulary: Tensor | None) -> None:
         """Keep the laws of the `index`-th token of some requests, `[n]` int64; None = of all.
@@ -189,31 +211,34 @@ class DraftLaws:
             return
         if self._values is None:
             self._start(law)
+        if index == 0:
             self._vocabulary = vocabulary
             if vocabulary is not None and vocabulary.ndim > 1 and rows is not None:
                 table = vocabulary.new_full((self._shape[0], vocabulary.shape[1]), -1)
                 self._vocabulary = table.index_copy(0, rows, vocabulary)
         assert self._values is not None
-        if rows is None:
-            self._values[:, index] = law
-            self._sampled[:, index] = sampled
-        else:
-            self._values[rows, index] = law
-            self._sampled[rows, index] = sampled
+        if rows is not None:
+            self._values[index, rows] = law
+            self._sampled[index, rows] = sampled
+            return
+        if law is not self._room:
+            self._values[index] = law
+        self._sampled[index] = sampled
 
     def _start(self, like: Tensor) -> None:
-        shape = (*self._shape, like.shape[1])
+        requests, width = self._shape
+        shape = (width, requests, like.shape[1])
         needed = shape[0] * shape[1] * shape[2]
         if self._memory.numel() < needed or self._memory.device != like.device:
             self._memory = like.new_empty(needed)
         self._values = self._memory[:needed].view(shape)
-        self._sampled = torch.zeros(self._shape, dtype=torch.bool, device=like.device)
+        self._sampled = torch.zeros(shape[:2], dtype=torch.bool, device=like.device)
 
     def result(self) -> DraftProbabilities | None:
         """`[R, K, M]`, valid until the next `begin`; None when every token was a choice."""
         if self._values is None:
             return None
-        vocabulary = self._vocabulary
+        values, vocabulary = self._values.transpose(0, 1), self._vocabulary
         if vocabulary is not None and vocabulary.ndim > 1:
-            vocabulary = vocabulary.unsqueeze(1).expand(self._values.shape)
-        return DraftProbabilities(self._values, vocabulary, self._sampled)
+            vocabulary = vocabulary.unsqueeze(1).expand(values.shape)
+        return DraftProbabilities(values, vocabulary, self._sampled.T)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .random_numbers import Purpose
 from .row_choice import may_look
 from .verifier import VerifyInput
-from .vocabulary_passes import first_argmax
+from .vocabulary_passes import drawn_columns, first_argmax, is_compiled
 
 #: Columns summed at once by `sample_weights`, and most columns of one running sum.
 _SPAN = 512
@@ -80,7 +80,7 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse transform sampling: one uniform per row, no noise per token.
 
     Over a large vocabulary, finds the span of columns first and the token inside it second,
-    so that the running sum, which does not vectorise, is short.
+    so that the running sum, which does not vectorise, is short; on the CPU in one compiled pass.
 
     Args:
         weights: `[M, V]` non-negative, not normalised, each row with a positive sum.
@@ -89,6 +89,8 @@ def sample_weights(weights: Tensor, u: Tensor) -> Tensor:
     Returns:
         `[M]` int64; a token of weight zero is never returned.
     """
+    if is_compiled(weights):
+        return drawn_columns(weights, u)
     rows, width = weights.shape
     if width <= _SHORT:
         running = weights.cumsum(dim=-1, dtype=torch.float64)

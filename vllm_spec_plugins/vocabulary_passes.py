@@ -364,6 +364,18 @@ def closest_columns(
     )
 
 
+def drawn_columns(weights: Tensor, u: Tensor) -> Tensor:
+    """`[rows]` int64 columns drawn from weights for which `is_compiled`; `draw_next` has the rest.
+
+    Args:
+        weights: `[rows, V]` non-negative, not normalised, each row with a positive sum.
+        u: `[rows]` float64 in (0, 1).
+    """
+    columns = torch.empty(len(weights), dtype=torch.int64)
+    kernels().drawn_columns(weights.detach().numpy(), u.numpy(), columns.numpy())
+    return columns
+
+
 def first_argmax(logits: Tensor) -> Tensor:
     """`[rows]` int64 column of each row's largest value, the first of equals.
 
