@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -35,6 +35,7 @@ def reference(stream: int, position: int, index: int, purpose: int) -> float:
     return ((x >> 12) + 0.5) * 2.0**-52
 
 
+@settings(deadline=None)  # the first one loads compiled code
 @given(INT64, st.integers(0, 1 << 40), st.integers(0, 1000), st.sampled_from(Purpose))
 def test_values(stream: int, position: int, index: int, purpose: Purpose) -> None:
     expected = reference(stream, position, index, int(purpose))

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_spec_plugins.acceptance_rule import AcceptanceRule, token_acceptance
+from vllm_spec_plugins.nobodys_step import verify_nobodys_steps
 from vllm_spec_plugins.verifier import Guarantee, Verification, VerifierOptions, VerifyInput
 
 from ..triton_kernels.verify_fused import can_verify_fused, verify_fused  # noqa: TID252
@@ -46,6 +47,9 @@ class Lossless(AcceptanceRule):
     def verifies_on_device(cls, options: VerifierOptions) -> bool:
         del options
         return True
+
+    def warm_up(self) -> None:
+        verify_nobodys_steps(self)
 
     def acceptance(self, batch: VerifyInput) -> Tensor:
         return token_acceptance(batch)

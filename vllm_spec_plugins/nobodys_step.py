@@ -11,8 +11,25 @@ from .verifier import VerifyInput
 
 if TYPE_CHECKING:
     from .context import EngineContext
+    from .verifier import Verifier
 
 NUM_REQUESTS, NUM_DRAFT = 2, 4
+
+
+def verify_nobodys_steps(verifier: Verifier, tokens: tuple[int, int] | None = None) -> None:
+    """On the CPU passes over rows are compiled (`compiled_rows`) when they are first used: here.
+
+    Args:
+        verifier: Verifies steps that its requests will not see.
+        tokens: `[first, last + 1)` ids of the draft tokens; None: all.
+    """
+    context = verifier.context
+    if context.device.type != "cpu":
+        return
+    for temperature in (1.0, 0.0):
+        step = nobodys_step(context, temperature, tokens or (0, context.facts.vocab_size))
+        verifier.verify(step)
+        verifier.finish(step.request_ids)
 
 
 def nobodys_step(

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -72,7 +73,8 @@ def uniforms(streams: Tensor, positions: Tensor, index: Tensor | int, purpose: P
     if streams.device.type != "cpu":
         return _on_device(streams, positions, index, int(purpose))
     on_host = index.numpy() if isinstance(index, Tensor) else index
-    return torch.from_numpy(_on_host(streams.numpy(), positions.numpy(), on_host, int(purpose)))
+    drawn = _on_host()(streams.numpy(), positions.numpy(), on_host, int(purpose))
+    return torch.from_numpy(np.asarray(drawn))
 
 
 def _on_device(streams: Tensor, positions: Tensor, index: Tensor | int, purpose: int) -> Tensor:
@@ -84,26 +86,15 @@ def _on_device(streams: Tensor, positions: Tensor, index: Tensor | int, purpose:
     return (_shift_right(x, 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
-def _on_host(
-    streams: NDArray[np.int64],
-    positions: NDArray[np.int64],
-    index: NDArray[np.int64] | int,
-    purpose: int,
-) -> NDArray[np.float64]:
-    """`uniforms`, where numpy's small operations take a fraction of torch's."""
+@cache
+def _on_host() -> Any:
+    """`uniforms` of arrays: small operations of numpy and torch take many times as long.
 
-    golden, mix_1, mix_2 = (np.uint64(c % 2**64) for c in (_GOLDEN, _MIX_1, _MIX_2))
+    numba is not loaded before it is needed.
+    """
+    from .compiled_uniforms import uniform
 
-    def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        x = (x ^ (x >> np.uint64(30))) * mix_1
-        x = (x ^ (x >> np.uint64(27))) * mix_2
-        return x ^ (x >> np.uint64(31))
-
-    with np.errstate(over="ignore"):  # of numbers without a dimension
-        x = mix(streams.astype(np.uint64) + golden)
-        x = mix(x ^ (positions.astype(np.uint64) * golden + np.uint64(purpose)))
-        x = mix(x + np.asarray(index).astype(np.uint64) * mix_2)
-    return np.asarray(((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
+    return uniform
 
 
 def stream_of_seed(seed: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .acceptance_rule import AcceptanceRule, greedy_matches, token_acceptance
 from .greedy_on_host import lay_out, mismatches
-from .nobodys_step import nobodys_step
+from .nobodys_step import verify_nobodys_steps
 from .price_accounts import price_accounts
 from .row_choice import may_look, replace_rows
 from .triton_kernels.relaxations import (  # pyright: ignore[reportMissingImports]
@@ -133,13 +133,7 @@ class RelaxedRule(AcceptanceRule):
         return None if accept is None else accept.masked_fill_(exact_rows.unsqueeze(1), 1.0)
 
     def warm_up(self) -> None:
-        """On the CPU passes over rows are compiled when they are first used (`compiled_rows`)."""
-        if self.context.device.type != "cpu":
-            return
-        for temperature in (1.0, 0.0):
-            step = nobodys_step(self.context, temperature, self.warm_up_tokens)
-            self.verify(step)
-            self.finish(step.request_ids)
+        verify_nobodys_steps(self, self.warm_up_tokens)
 
     @property
     def warm_up_tokens(self) -> tuple[int, int]:

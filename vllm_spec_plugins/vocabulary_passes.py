@@ -372,7 +372,8 @@ def drawn_columns(weights: Tensor, u: Tensor) -> Tensor:
         u: `[rows]` float64 in (0, 1).
     """
     columns = torch.empty(len(weights), dtype=torch.int64)
-    kernels().drawn_columns(weights.detach().numpy(), u.numpy(), columns.numpy())
+    # Contiguous: for others the kernel would be compiled anew.
+    kernels().drawn_columns(weights.detach().numpy(), u.contiguous().numpy(), columns.numpy())
     return columns
 
 

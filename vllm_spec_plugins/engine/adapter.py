@@ -25,6 +25,7 @@ from vllm_spec_plugins.hookspecs import StepRecord, logger, plugin_manager, tell
 from vllm_spec_plugins.length_control import Fixed, LengthController, RequestKeys
 from vllm_spec_plugins.metrics import Metrics
 from vllm_spec_plugins.proposer import Draft, DraftInput, Needs, Proposer, StepStates
+from vllm_spec_plugins.random_numbers import Purpose, uniforms
 from vllm_spec_plugins.registry import Kind
 from vllm_spec_plugins.step_clock import StepClock
 from vllm_spec_plugins.step_cost import StepTime
@@ -140,6 +141,8 @@ class RunnerAdapter:
 
     def warm_up(self) -> None:
         """Caches exist, no request has come."""
+        nobody = torch.zeros(1, dtype=torch.int64)
+        uniforms(nobody, nobody, 0, Purpose.ACCEPT)  # on the host their code is loaded by now
         if self.proposer is not None:
             if self.target is not None and Needs.TARGET_LAYERS in self._needs:
                 self.target.check()
