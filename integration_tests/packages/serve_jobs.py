@@ -2,8 +2,8 @@
 
 JOBS is a JSON list; each job has `engine` (arguments of `LLM`) and `batches`, each with
 `prompts` (lists of token ids) and `sampling`. RESULTS gets a JSON list of
-`{"texts", "metrics", "asynchronous", "error"}`; `texts` has one list per batch, metrics are the first
-rank's. With `v2` model runner V2 serves them, in Triton's interpreter, under the scheduling that
+`{"texts", "metrics", "asynchronous", "error"}`; `texts` has one list per batch, metrics are the
+first rank's. With `v2` model runner V2 serves them, in Triton's interpreter, under the scheduling that
 vLLM chooses on a GPU.
 """
 

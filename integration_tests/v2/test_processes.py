@@ -58,6 +58,7 @@ def test_greedy_texts_are_those_of_plain_decoding(
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     plain, *drafted = json.loads(answered.read_text())
