@@ -55,7 +55,8 @@ class EarlyExitOptions(ProposerOptions):
     )
     exit_candidates: tuple[int, ...] | None = Field(
         None,
-        description="What auto chooses from, numbers of layers; default: up to 8, evenly spaced.",
+        description="What auto chooses from, numbers of layers; default: up to 8, from a sixteenth "
+        "to three quarters of the layers, the denser the shallower.",
     )
     exit_layers: tuple[int, ...] | None = Field(
         None,
@@ -496,7 +497,7 @@ def plan(options: EarlyExitOptions, num_layers: int) -> Exits:
 
         layers, per_token = (AdapterCard.read(options.adapter).exit_layer,), False
     elif options.exit_layer == "auto":
-        layers, per_token = options.exit_candidates or spread(num_layers), False
+        layers, per_token = options.exit_candidates or candidates(num_layers), False
     else:
         layers, per_token = (_exit_of(options.exit_layer, num_layers),), False
     if list(layers) != sorted(set(layers)) or not layers:
@@ -509,10 +510,15 @@ def plan(options: EarlyExitOptions, num_layers: int) -> Exits:
     return Exits(layers, per_token)
 
 
-def spread(num_layers: int, most: int = 8) -> tuple[int, ...]:
-    """Up to `most` exits between the first layer and the last, evenly spaced."""
-    count = min(most, max(num_layers - 1, 1))
-    return tuple(sorted({max(1, round(num_layers * i / (count + 1))) for i in range(1, count + 1)}))
+def candidates(num_layers: int, most: int = 8) -> tuple[int, ...]:
+    """Up to `most` exits from a sixteenth to three quarters of the layers, in equal ratios.
+
+    What a draft token costs goes with its layers, so an exit one layer from the best costs much
+    at the shallow end, where the exits that pay are, and little at the deep one.
+    """
+    first, last = 1 / 16, 3 / 4
+    layers = (round(num_layers * first * (last / first) ** (i / (most - 1))) for i in range(most))
+    return tuple(sorted({max(1, min(layer, num_layers - 1)) for layer in layers}))
 
 
 def _exit_of(exit_layer: float, num_layers: int) -> int:

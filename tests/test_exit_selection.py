@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from vllm_spec_plugins.proposers.early_exit import candidates
 
 from vllm_spec_plugins.exit_selection import ExitCosts, ExitSelection, expected, step_values
 from vllm_spec_plugins.step_cost import StepTime
@@ -417,3 +418,18 @@ def test_recovers_from_what_is_seen_without_drafting() -> None:
     assert learner.choose(["a"]).lengths.tolist() == [0]
     teach(learner, {"a": (0.9, 0.9, 0.9)}, rounds=60)
     assert learner.choose(["a"]).lengths[0] >= 2
+
+
+@given(st.integers(1, 200))
+def test_candidates_are_denser_where_layers_cost_more_of_a_draft(num_layers: int) -> None:
+    layers = candidates(num_layers)
+    assert 1 <= len(layers) <= 8
+    assert list(layers) == sorted(set(layers))
+    assert 1 <= layers[0] <= layers[-1] <= max(1, num_layers - 1)
+    for layer in range(max(1, round(num_layers / 16)), 3 * num_layers // 4 + 1):
+        assert min(max(layer / c, c / layer) for c in layers) <= 1.34  # 3 to 4: layers are whole
+
+
+def test_candidates_of_common_depths() -> None:
+    assert candidates(16) == (1, 2, 3, 4, 6, 8, 12)
+    assert candidates(32) == (2, 3, 4, 6, 8, 12, 17, 24)
