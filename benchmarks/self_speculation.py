@@ -2,7 +2,9 @@
 
 Every engine has a process of its own. The plain one stays; beside it one other at a time takes
 turns with it (plain, method, plain, method, plain ...), so that each method is compared with
-plain decoding measured right before and after it. Prompts are held-out source code; all
+plain decoding measured right before and after it. `--turn` makes turns short: a few prompts of
+every method of an engine, then the next few, so that a machine whose speed swings is as fast for
+one as for the other. Prompts are held-out source code; all
 requests write the same number of tokens. One row for each method, temperature, batch size and
 repeat goes to results/self_speculation.jsonl as soon as it is measured; rows that are there
 already, of the same run (by default: the same commit) and settings, are not measured again.
@@ -28,6 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +70,7 @@ class Settings:
         temperatures: Each with every batch size.
         batches: Requests at a time.
         threads: Of each engine.
+        turn: Prompts of a turn.
     """
 
     model: str
@@ -76,6 +80,13 @@ class Settings:
     temperatures: Sequence[float]
     batches: Sequence[int]
     threads: int
+    turn: int
+
+    def turns(self, batch: int) -> Iterator[slice]:
+        """Prompts of each turn of a repeat; none has fewer than a batch."""
+        size = max(self.turn, batch)
+        ends = [*range(size, self.prompts - batch + 1, size), self.prompts]
+        yield from map(slice, [0, *ends[:-1]], ends)
 
     def engine(self, speculative_config: dict[str, Any] | None) -> EngineSettings:
         return EngineSettings(
@@ -120,7 +131,7 @@ class Plain:
     def turn(self, temperature: float, batch: int) -> Timed:
         """The next few prompts."""
         time.sleep(SETTLE)
-        count = max(batch, -(-len(self.prompts) // PLAIN_SHARE))
+        count = max(batch, -(-self.settings.turn // PLAIN_SHARE))
         chosen = [(self._next + i) % len(self.prompts) for i in range(count)]
         self._next = (self._next + count) % len(self.prompts)
         tokens = self.settings.tokens
@@ -172,9 +183,10 @@ def make_adapter(model: str, path: Path, folder: Path) -> int:
 
 def row(
     settings: Settings, method: Method, temperature: float, batch: int, repeat: int,
-    timed: Timed, beside: Sequence[Timed], greedy_texts: dict[int, list[int]],
+    turns: Sequence[Timed], beside: Sequence[Timed], greedy_texts: dict[int, list[int]],
 ) -> dict[str, Any]:  # fmt: skip
-    """One measured turn of a method, and plain decoding before and after it."""
+    """One repeat of a method, and plain decoding before and after its turns."""
+    timed = together(turns)
     speed = timed.tokens / timed.seconds
     plain = sum(p.tokens for p in beside) / sum(p.seconds for p in beside)
     found: dict[str, Any] = {
@@ -199,6 +211,8 @@ def row(
         "tokens_per_step": timed.tokens / timed.steps / batch,
         "step_ms": timed.step_ms,
         "plain_step_ms": [p.step_ms for p in beside],
+        "turns": [[t.tokens, t.seconds] for t in turns],
+        "plain_turns": [[p.tokens, p.seconds] for p in beside],
         "drafting_share": timed.draft_seconds / timed.seconds,
         "full_steps": timed.steps,
         "seconds": timed.seconds,
@@ -249,9 +263,9 @@ def measure(
     """The turns of one engine: all its methods in each setting and repeat, plain in between."""
     prompts, warm = plain.prompts, set()
 
-    def job(method: Method, temperature: float, batch: int, count: int) -> Job:
+    def job(method: Method, temperature: float, batch: int, part: slice) -> Job:
         limit, control = method.draft_limit, method.length_control
-        return Job(prompts[:count], temperature, batch, settings.tokens, limit, control)
+        return Job(prompts[part], temperature, batch, settings.tokens, limit, control)
 
     for temperature, batch, repeat in itertools.product(
         settings.temperatures, settings.batches, range(settings.repeats)
@@ -261,18 +275,38 @@ def measure(
             continue
         for method in here:
             if (kind := (method.name, temperature, batch)) not in warm:
-                worker.run(job(method, temperature, batch, batch))
+                worker.run(job(method, temperature, batch, slice(batch)))
                 warm.add(kind)
+        taken: dict[str, list[Timed]] = {method.name: [] for method in here}
+        beside: dict[str, list[Timed]] = {method.name: [] for method in here}
         before = plain.turn(temperature, batch)
+        for part in settings.turns(batch):
+            for method in here:
+                time.sleep(SETTLE)
+                taken[method.name].append(worker.run(job(method, temperature, batch, part)))
+                after = plain.turn(temperature, batch)
+                beside[method.name] += before, after
+                before = after
         for method in here:
-            time.sleep(SETTLE)
-            timed = worker.run(job(method, temperature, batch, len(prompts)))
-            after = plain.turn(temperature, batch)
             yield row(
                 settings, method, temperature, batch, repeat,
-                timed, (before, after), plain.greedy_texts,
+                taken[method.name], beside[method.name], plain.greedy_texts,
             )  # fmt: skip
-            before = after
+
+
+def together(turns: Sequence[Timed]) -> Timed:
+    """Several turns as one; the median step is that of the median turn."""
+    return Timed(
+        step_ms=median(turn.step_ms for turn in turns),
+        texts=[text for turn in turns for text in turn.texts],
+        **{
+            name: sum(getattr(turn, name) for turn in turns)
+            for name in (
+                "wall_seconds", "seconds", "tokens", "steps",
+                "draft_seconds", "drafts", "drafted", "accepted",
+            )
+        },
+    )  # fmt: skip
 
 
 def estimate(plain: Plain, turns: Sequence[tuple[Method, float, int, int]], engines: int) -> float:
@@ -283,7 +317,8 @@ def estimate(plain: Plain, turns: Sequence[tuple[Method, float, int, int]], engi
         per_prompt = timed.wall_seconds / len(timed.texts) + SETTLE / len(timed.texts)
         here = [turn for turn in turns if turn[1:3] == (temperature, batch)]
         warm_ups = batch * len({turn[0].name for turn in here})
-        total += per_prompt * (warm_ups + len(here) * (settings.prompts + len(timed.texts)))
+        between = len(timed.texts) * len(list(settings.turns(batch)))
+        total += per_prompt * (warm_ups + len(here) * (settings.prompts + between))
     return total
 
 
@@ -301,6 +336,9 @@ def main(
     temperatures: Annotated[str, typer.Option(help="comma-separated")] = "1,0",
     batches: Annotated[str, typer.Option(help="comma-separated: requests at a time")] = "1,8",
     threads: Annotated[int, typer.Option(help="of each engine; 0: physical cores")] = 0,
+    turn: Annotated[
+        int, typer.Option(min=0, help="prompts of a turn, or a batch if that is more; 0: all")
+    ] = 0,
     vocabulary_size: Annotated[int, typer.Option(help="tokens of the ranked vocabulary")] = 2048,
     dynamic_tokens: Annotated[int, typer.Option(help="beside the ranked ones")] = 64,
     adapter: Annotated[
@@ -319,7 +357,7 @@ def main(
         methods = methods or QUICK
     settings = Settings(
         model, prompts, tokens, repeats, numbers(temperatures),
-        [int(batch) for batch in numbers(batches)], threads or physical_cores(),
+        [int(batch) for batch in numbers(batches)], threads or physical_cores(), turn or prompts,
     )  # fmt: skip
     controllers = installed().names(Kind.LENGTH_CONTROLLER)
     with tempfile.TemporaryDirectory() as folder:
