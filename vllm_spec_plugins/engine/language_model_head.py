@@ -127,7 +127,8 @@ class EngineHead:
         if weight.ndim == 2:
             logits = self._linear(hidden, weight, bias)
         else:
-            logits = torch.bmm(weight, hidden.unsqueeze(2)).squeeze(2)
+            # The vector on the left: the other way round takes ten times as long on the CPU.
+            logits = torch.bmm(hidden.unsqueeze(1), weight.transpose(1, 2)).squeeze(1)
             if bias is not None:
                 logits = logits + bias
         logits = logits.float()
