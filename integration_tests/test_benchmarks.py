@@ -1,4 +1,4 @@
-"""`benchmarks/self_speculation.py` runs: its quick mode, on the zoo's smallest model."""
+"""`benchmarks/self_speculation.py`: its quick mode on the zoo's smallest model, and its tables."""
 
 from __future__ import annotations
 
@@ -75,3 +75,48 @@ def test_quick_run_measures_every_method_against_plain_decoding(
         "self_speculation_nano_exits.png",
         "self_speculation_nano_methods.png",
     }
+
+    compared = run(
+        "compare_self_speculation.py", "--run", "test", "--model", "nano", "--rows", str(rows_file),
+        environment=environment,
+    )  # fmt: skip
+    assert compared.count("| early_exit auto del |") == 4
+
+
+def turn(tokens: int, seconds: float, of_plain: float) -> tuple[list[float], list[list[float]]]:
+    """One turn, and the two of plain decoding beside it, which wrote 10 tokens each."""
+    return [tokens, seconds], [[10, of_plain], [10, of_plain]]
+
+
+def test_methods_are_compared_by_their_pooled_turns(tmp_path: Path) -> None:
+    def row(
+        method: str, length: int | str, *turns: tuple[list[float], list[list[float]]]
+    ) -> dict[str, Any]:
+        return {
+            "run": "a", "model": "nano", "method": method, "length": length, "exit_layer": 2,
+            "ranked": False, "temperature": 1.0, "batch": 1, "repeat": 0,
+            "acceptance_length": 2.0, "drafted_per_draft": 3.0, "distinct_8gram_share": 1.0,
+            "turns": [own for own, _ in turns],
+            "plain_turns": [beside for _, both in turns for beside in both],
+        }  # fmt: skip
+
+    rows = [
+        # The machine is half as fast in the second turn, for everybody.
+        row("early_exit 2 K=2", 2, turn(40, 1, 1), turn(20, 1, 2)),  # 60 / 2 over 40 / 6
+        row("early_exit 2 K=3", 3, turn(60, 1, 1), turn(30, 1, 2)),
+        row("early_exit 2 thompson", "thompson", turn(57, 1, 1), turn(30, 1, 2)),
+        {**row("of another run", 3, turn(90, 1, 1)), "run": "b"},
+    ]
+    rows_file = tmp_path / "rows.jsonl"
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = run(
+        "compare_self_speculation.py", "--run", "a", "--model", "nano", "--rows", str(rows_file),
+        environment=dict(os.environ),
+    )  # fmt: skip
+    lines = {line.split(" | ")[0]: line for line in said.splitlines()}
+    assert "over early_exit 2 K=3" in lines["| method"]
+    assert " | 6.75 (" in lines["| early_exit 2 K=3"]
+    assert " | 4.50 (" in lines["| early_exit 2 K=2"]
+    assert " | 0.67 (0.67-0.67) | " in lines["| early_exit 2 K=2"]
+    assert " | 0.97 (0.95-1.00) | " in lines["| early_exit 2 thompson"]
+    assert "another run" not in said
