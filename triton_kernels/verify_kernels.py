@@ -241,6 +241,104 @@ def _first_above(weights, value):
 
 
 @triton.jit
+def _with_neighbours(
+    mass,
+    code,
+    most,
+    neighbours_ptr,
+    neighbours_stride,
+    num_codes,
+    row_ptrs,
+    inverse_temperature,
+    log_normaliser,
+    NEIGHBOURS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """`[TOKENS]` masses, and those of each token's nearest codes that sum up to `most` or less.
+
+    A token whose `code` is outside 0 to `num_codes` has no neighbours. `row_ptrs`: where the
+    target's logits of each token begin.
+    """
+    is_code = (code >= 0) & (code < num_codes)
+    passed = tl.zeros_like(mass)
+    for begin in range(0, NEIGHBOURS, _NEIGHBOUR_CHUNK):
+        near = begin + tl.arange(0, _NEIGHBOUR_CHUNK)
+        entry = neighbours_ptr + code[:, None] * neighbours_stride + near[None, :]
+        is_near = is_code[:, None] & (near < NEIGHBOURS)[None, :]
+        ids = tl.load(entry, mask=is_near, other=-1).to(tl.int64)
+        is_near = is_near & (ids >= 0)
+        z = tl.load(row_ptrs[:, None] + ids, mask=is_near, other=-_INFINITY)
+        z = z.to(COMPUTE) * inverse_temperature - log_normaliser[:, None]
+        share = tl.where(is_near, tl.exp(z), 0.0)
+        running = passed[:, None] + tl.cumsum(share, axis=1)
+        mass += tl.sum(tl.where(running <= most[:, None], share, 0.0), axis=1)
+        passed += tl.sum(share, axis=1)
+    return mass
+
+
+@triton.jit
+def _drawn_column(
+    sums,
+    highest_shift,
+    u,
+    target_row_ptr,
+    draft_row_ptr,
+    column_of_ptr,
+    num_tiles,
+    vocab_size,
+    draft_size,
+    inverse_temperature,
+    log_normaliser,
+    draft_log_normaliser,
+    scale,
+    token,
+    is_bonus,
+    is_drawn,
+    DRAFT: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The token after the accepted ones, drawn by the uniform u: first the tile, then its column.
+
+    `sums` are the `[TILES]` float64 weights of whole tiles, with the shift `highest_shift`; what
+    follows is as in `_next_token_weights`.
+    """
+    tile_index = tl.arange(0, TILES)
+    total = tl.sum(sums, axis=0)
+    if (is_bonus == 0) & (total <= 0):
+        # p and q are equal up to rounding: the token comes from p.
+        token = token * 0 - 1
+        is_drawn = token >= 0
+        scale = scale * 0 + 1
+        for tile in range(num_tiles):
+            weight, _ = _next_token_weights(
+                target_row_ptr, draft_row_ptr, column_of_ptr,
+                tile * TILE, vocab_size, draft_size, inverse_temperature,
+                log_normaliser, draft_log_normaliser, scale, token, is_bonus, is_drawn,
+                DRAFT, TILE, COMPUTE,
+            )  # fmt: skip
+            here = tl.sum(weight, axis=0).to(tl.float64)
+            sums = tl.where(tile_index == tile, here, sums)
+        total = tl.sum(sums, axis=0)
+    value = u * total
+    tile, before = _first_above(sums, value)
+    weight, tile_shift = _next_token_weights(
+        target_row_ptr, draft_row_ptr, column_of_ptr,
+        tile * TILE, vocab_size, draft_size, inverse_temperature,
+        log_normaliser, draft_log_normaliser, scale, token, is_bonus, is_drawn,
+        DRAFT, TILE, COMPUTE,
+    )  # fmt: skip
+    weight = weight.to(tl.float64)
+    value = value - before
+    if is_bonus:
+        value = value * tl.exp((highest_shift - tile_shift).to(tl.float64))
+    offset, before = _first_above(weight, value)
+    column = (tile * TILE + offset).to(tl.int32)
+    return tl.where(total > 0, column, vocab_size - 1)
+
+
+@triton.jit
 def _at(values, indices, index):
     """One element of a vector that lives in registers."""
     return tl.sum(tl.where(indices == index, values, 0), axis=0)
@@ -369,28 +467,15 @@ def _decide_kernel(
         mass = p
         claim = q
         if RELAXATION == _NEIGHBOURS:
-            code = token - first_code
-            is_code = allowed & (code >= 0) & (code < num_codes)
+            code = tl.where(allowed, token - first_code, -1)
             most = tl.full([TOKENS], 0.0, COMPUTE) + budget
             if MULTIPLICATIVE:
                 most = p * budget
-            passed = tl.zeros([TOKENS], COMPUTE)
-            for begin in range(0, NEIGHBOURS, _NEIGHBOUR_CHUNK):
-                near = begin + tl.arange(0, _NEIGHBOUR_CHUNK)
-                entry = neighbours_ptr + code[:, None] * neighbours_stride + near[None, :]
-                is_near = is_code[:, None] & (near < NEIGHBOURS)[None, :]
-                ids = tl.load(entry, mask=is_near, other=-1).to(tl.int64)
-                is_near = is_near & (ids >= 0)
-                z = tl.load(
-                    target_ptr + rows[:, None] * target_stride + ids,
-                    mask=is_near,
-                    other=-_INFINITY,
-                )
-                z = z.to(COMPUTE) * inverse_temperature - log_normaliser[:, None]
-                share = tl.where(is_near, tl.exp(z), 0.0)
-                running = passed[:, None] + tl.cumsum(share, axis=1)
-                mass += tl.sum(tl.where(running <= most[:, None], share, 0.0), axis=1)
-                passed += tl.sum(share, axis=1)
+            mass = _with_neighbours(
+                p, code, most, neighbours_ptr, neighbours_stride, num_codes,
+                target_ptr + rows * target_stride, inverse_temperature, log_normaliser,
+                NEIGHBOURS, COMPUTE,
+            )  # fmt: skip
         if RELAXATION == _GROUPS:
             sums = tl.load(at + 4 * plane_stride, mask=there, other=0.0)
             sums = tl.sum(sums * tl.exp(maxima - shift[:, None]), axis=1)
@@ -529,37 +614,12 @@ def _decide_kernel(
             scale = _at(residual_before, index, accepted)
             this_token = _at(token, index, accepted)
             is_drawn = (_at(drawn.to(tl.int32), index, accepted) != 0) & (this_token >= 0)
-            total = tl.sum(sums, axis=0)
-            if (is_bonus == 0) & (total <= 0):
-                # p and q are equal up to rounding: the token comes from p.
-                this_token = this_token * 0 - 1
-                is_drawn = this_token >= 0
-                scale = scale * 0 + 1
-                for tile in range(num_tiles):
-                    weight, _ = _next_token_weights(
-                        target_row, draft_row, column_of_ptr,
-                        tile * TILE, vocab_size, draft_size, inverse_temperature,
-                        normaliser, draft_normaliser, scale, this_token, is_bonus, is_drawn,
-                        DRAFT, TILE, COMPUTE,
-                    )  # fmt: skip
-                    here = tl.sum(weight, axis=0).to(tl.float64)
-                    sums = tl.where(tile_index == tile, here, sums)
-                total = tl.sum(sums, axis=0)
-            value = u_draw * total
-            tile, before = _first_above(sums, value)
-            weight, tile_shift = _next_token_weights(
-                target_row, draft_row, column_of_ptr,
-                tile * TILE, vocab_size, draft_size, inverse_temperature,
+            next_token = _drawn_column(
+                sums, highest_shift, u_draw, target_row, draft_row, column_of_ptr,
+                num_tiles, vocab_size, draft_size, inverse_temperature,
                 normaliser, draft_normaliser, scale, this_token, is_bonus, is_drawn,
-                DRAFT, TILE, COMPUTE,
+                DRAFT, TILES, TILE, COMPUTE,
             )  # fmt: skip
-            weight = weight.to(tl.float64)
-            value = value - before
-            if is_bonus:
-                value = value * tl.exp((highest_shift - tile_shift).to(tl.float64))
-            offset, before = _first_above(weight, value)
-            next_token = (tile * TILE + offset).to(tl.int32)
-            next_token = tl.where(total > 0, next_token, vocab_size - 1)
 
     text = tl.where(index < accepted, token, -1)
     text = tl.where(index == accepted, next_token, text)
