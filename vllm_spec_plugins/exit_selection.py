@@ -139,7 +139,7 @@ class ExitSelection:
     _SEEN, _AGREED, _SURE_RIGHT, _SURE_WRONG, _CONFIDENT, _CONFIDENT_AGREED = range(6)
     _NUM_SUMS = 6
     #: Positions' worth of evidence that the mean over all requests counts for.
-    _PRIOR_STRENGTH = 8.0
+    _PRIOR_STRENGTH = 12.0
     #: Until more is known, every exit agrees half the time: so many positions' worth of it.
     _INITIAL_POSITIONS = 2.0
     #: Discount, at each observation, of the mean over all requests.
