@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vllm_spec_plugins import exit_selection, step_cost
 from vllm_spec_plugins.exit_selection import ExitController, ExitCosts
 from vllm_spec_plugins.length_control import LengthController
+from vllm_spec_plugins.plain_steps import PlainSteps
 from vllm_spec_plugins.registry import Kind, installed
 from vllm_spec_plugins.step_cost import StepTime
 from vllm_spec_plugins.testing import toy_context
@@ -159,6 +161,38 @@ def test_hardly_drafts_in_a_batch_where_even_one_token_loses(name: str) -> None:
     served = replayed(controller(name), temperature, machine, batch)
     assert np.mean(served.drafted) < 0.05
     assert served.speed > 0.97 * plain
+
+
+@cache
+def misjudged_times() -> StepTimes:
+    """A batch costs more than a draft of one token is worth, and seemed cheap before serving."""
+    times, told = Machine(0.15).times, Machine(0.05).times
+    return replace(times, pass_seconds=told.pass_seconds, exit_costs=told.exit_costs)
+
+
+def drafted_where_misjudged(name: str) -> tuple[float, float]:
+    """Tokens drafted in each step of the second half, and speed over plain decoding."""
+    drafts, times, batch = traces(1), misjudged_times(), 8
+    plain, one = (replay(FixedPolicy(EXIT, k), drafts, times, batch).speed for k in (0, 1))
+    assert 0.9 < one / plain < 0.97
+    policy = ControllerPolicy(controller(name), drafts, times, EXIT)
+    served = replay(policy, drafts, times, batch, passes=3)
+    return float(np.mean(served.drafted[len(served.drafted) // 2 :])), served.speed / plain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_without_drafts_show_where_drafting_does_not_pay(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafted, speed = drafted_where_misjudged(name)
+    assert drafted < 0.4
+    # What was told before serving cannot be outgrown, and there are no such steps.
+    monkeypatch.setattr(step_cost, "STEEPEST_VERIFICATION", 1.0)
+    monkeypatch.setattr(exit_selection, "STEEPEST_VERIFICATION", 1.0)
+    monkeypatch.setattr(PlainSteps, "is_due", lambda _self, _speed_up: False)
+    always_drafted, slower = drafted_where_misjudged(name)
+    assert always_drafted > 0.9
+    assert slower < speed
 
 
 # --- negative controls: what the replay would notice ---

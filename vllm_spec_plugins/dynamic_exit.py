@@ -13,6 +13,7 @@ from pydantic import Field
 
 from .exit_selection import ExitController
 from .length_control import LengthControlOptions
+from .plain_steps import PlainSteps
 from .request_table import RequestTable
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class DynamicExit(ExitController):
         super().__init__(options, context)
         self.sample_every = options.sample_every
         self._thresholds = RequestTable([0.0], context.max_num_requests)
+        self._plain_steps = PlainSteps()
 
     def set_exits(self, selection: ExitSelection) -> None:
         selection.discount = self.options.discount
@@ -70,6 +72,9 @@ class DynamicExit(ExitController):
         self.choose_layer(choice.layer)
         rows = self._thresholds.rows(request_ids)  # may make room
         self._thresholds.values[rows, 0] = choice.thresholds
+        would_draft = self.selection.learns_times and choice.lengths.any()
+        if would_draft and self._plain_steps.is_due(choice.speed_up):
+            return np.zeros_like(choice.lengths)
         return choice.lengths
 
     def stop_after(

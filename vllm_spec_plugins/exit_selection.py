@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .length_control import LengthController, LengthControlOptions, Signals
 from .request_table import RequestTable
-from .step_cost import CostLine, StepTime
+from .step_cost import STEEPEST_VERIFICATION, CostLine, StepTime
 
 if TYPE_CHECKING:
     from .context import EngineContext
@@ -99,11 +99,13 @@ class ExitChoice:
         lengths: `[R]` int64 most tokens to draft, 0 to K.
         thresholds: `[R]` float64 confidence below which a drafted token is its draft's last;
             0 where stopping early is not expected to pay.
+        speed_up: Expected speed over that of not drafting, 1 or more.
     """
 
     layer: int
     lengths: NDArray[np.int64]
     thresholds: NDArray[np.float64]
+    speed_up: float
 
 
 class ExitSelection:
@@ -170,7 +172,8 @@ class ExitSelection:
         #: Whether anything was observed yet.
         self.has_evidence = False
         self._costs = costs
-        self._verification, self._drafting = CostLine(), CostLine()
+        self._verification = CostLine(steepest=STEEPEST_VERIFICATION)
+        self._drafting = CostLine()
         self._most = most
         #: The exit of the last round, as an index.
         self._current: int | None = None
@@ -179,6 +182,11 @@ class ExitSelection:
         self._mean = np.zeros((self._NUM_SUMS, exits))
         self._mean[[self._SEEN, self._CONFIDENT]] = self._INITIAL_POSITIONS
         self._mean[[self._AGREED, self._CONFIDENT_AGREED]] = self._INITIAL_POSITIONS / 2
+
+    @property
+    def learns_times(self) -> bool:
+        """Whether the costs are corrected by the times of the steps served."""
+        return self._costs.plain is not None
 
     def rates(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
         """`[R, E]` estimated chance that a draft token of each exit is accepted."""
@@ -233,10 +241,10 @@ class ExitSelection:
             thresholds = self._half_way(evidence[..., [exit_]])[:, 0]
         chosen = self.layers[exit_] if layer is None else layer
         if not len(rows):
-            return ExitChoice(chosen, lengths[:0], thresholds[:0])
+            return ExitChoice(chosen, lengths[:0], thresholds[:0], speed)
         if layer is None:
             self._current = exit_
-        return ExitChoice(chosen, self._with_probes(rows, lengths), thresholds)
+        return ExitChoice(chosen, self._with_probes(rows, lengths), thresholds, speed)
 
     def observe(
         self,
@@ -314,7 +322,7 @@ class ExitSelection:
         plain = self._costs.plain_at(num_requests)
         if plain is None or not (self._verification.is_known and self._drafting.is_known):
             return draft, verify, 0.0
-        seconds = self._verification.fixed + self._verification.slope * plain * verify
+        seconds = self._verification.at(plain * verify)
         drafting = self._drafting.slope * plain * draft
         return drafting / seconds[0], seconds / seconds[0], self._drafting.fixed / seconds[0]
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from .batch_lengths import batch_lengths
 from .errors import ConfigError
 from .options import PluginOptions
+from .plain_steps import PlainSteps
 from .request_table import RequestTable
 from .step_cost import DraftCosts, StepCost, StepTime
 
@@ -259,7 +260,7 @@ class SpeedupController(LengthController):
         self._discount = options.discount
         self._given_cost = options.cost_ratio
         self._table = RequestTable([0.0] * self._OWN + [*columns], context.max_num_requests)
-        self._cost = StepCost()
+        self._cost, self._plain_steps = StepCost(), PlainSteps()
         self._most = context.facts.num_speculative_tokens
         self._accepted, self._rejected = 0.0, 0.0
         #: Variance between requests, and what it would be if each were always or never right.
@@ -409,7 +410,9 @@ class ExpectedSpeedup(SpeedupController):
         if self._given_cost is not None:
             lengths = best_lengths(self.acceptance(request_ids), self._given_cost, self._most)
         elif (costs := self.costs(len(rows))) is not None:
-            lengths, _ = batch_lengths(self.acceptance(request_ids), costs)
+            lengths, speed = batch_lengths(self.acceptance(request_ids), costs)
+            if lengths.any() and self._plain_steps.is_due(speed * costs.verify[0]):
+                return np.zeros_like(lengths)
         else:
             return np.full(len(rows), self._length_to_measure, dtype=np.int64)
         idle = np.where(lengths == 0, self._table.values[rows, self._IDLE] + 1, 0)

@@ -42,6 +42,10 @@ class DraftCosts:
     each: float
 
 
+#: Passes timed alone are less slowed down by more tokens than steps of an engine are.
+STEEPEST_VERIFICATION = 3.0
+
+
 class CostLine:
     """seconds = fixed + slope x: least squares over what was seen, older times counting less.
 
@@ -51,6 +55,8 @@ class CostLine:
 
     Args:
         discount: Factor on the weight of everything seen at each new time.
+        steepest: Largest slope, over that through the origin. 1: what is fixed cannot be negative.
+            More, where x may tell too little of how the time grows.
     """
 
     _PRIOR_STEPS = 8.0
@@ -58,12 +64,12 @@ class CostLine:
     #: Largest ratio of a time to the line's that is taken at face value.
     _OUTLIER = 3.0
 
-    def __init__(self, discount: float = 0.99) -> None:
-        self._discount = discount
+    def __init__(self, discount: float = 0.99, steepest: float = 1.0) -> None:
+        self._discount, self._steepest = discount, steepest
         self._weight = 0.0
         # Discounted means and central second moments.
         self._x = self._seconds = self._x_squared = self._x_seconds = 0.0
-        #: Both 0 until something was seen, and never negative.
+        #: Both 0 until something was seen.
         self.fixed = self.slope = 0.0
 
     @property
@@ -90,8 +96,16 @@ class CostLine:
         prior = self._PRIOR_STEPS * (self._PRIOR_SPREAD * self._x) ** 2
         slope = self._weight * self._x_seconds + prior * through_origin
         slope /= self._weight * self._x_squared + prior
-        self.slope = min(max(slope, 0.0), through_origin)
+        self.slope = min(max(slope, 0.0), self._steepest * through_origin)
         self.fixed = self._seconds - self.slope * self._x
+
+    def at(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds at each x; no less than half of what a line through the origin would say.
+
+        A steep line, continued far from what was seen, would come to nothing.
+        """
+        through_origin = self.slope + self.fixed / self._x
+        return np.maximum(self.fixed + self.slope * x, 0.5 * through_origin * x)
 
 
 class StepCost:
@@ -106,7 +120,7 @@ class StepCost:
         # Until told otherwise: as a pass that mostly waits for its weights.
         self._tokens = np.array([0.0, 1.0])
         self._pass_seconds = np.array([32.0, 33.0])
-        self._verification = CostLine()
+        self._verification = CostLine(steepest=STEEPEST_VERIFICATION)
         self._drafting = CostLine()
 
     def set_pass_times(self, num_tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
@@ -128,8 +142,9 @@ class StepCost:
         if not (verification.is_known and drafting.is_known):
             return None
         passes = [self._pass(num_requests * (1 + k)) for k in range(most + 1)]
-        verify = verification.fixed + verification.slope * np.array(passes)
-        return DraftCosts(verify, drafting.fixed, drafting.slope * passes[0])
+        return DraftCosts(
+            verification.at(np.array(passes)), drafting.fixed, drafting.slope * passes[0]
+        )
 
     def _pass(self, num_tokens: int) -> float:
         """Time of a target pass, in the unit it was told in; beyond the last along a line."""

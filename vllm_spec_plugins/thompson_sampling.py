@@ -126,6 +126,8 @@ class Thompson(SpeedupController):
             self._verifying[: self._most] = speed * np.diff(costs.verify)
             self._drafting = speed * costs.each * len(rows)
             lengths[batch_lengths(theta, costs)[0] == 0] = 0
+            if lengths.any() and self._plain_steps.is_due(speed * costs.verify[0]):
+                lengths[:] = 0
         else:
             lengths[:] = self._length_to_measure
         # Where nothing is drafted nothing is observed: evidence fades here instead.
