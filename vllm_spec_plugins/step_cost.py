@@ -51,7 +51,7 @@ class CostLine:
 
     The line is drawn towards the one through the origin, as if `_PRIOR_STEPS` steps, whose x
     differed by a tenth, had lain on that: steps that are all alike tell nothing about a slope.
-    A time far above the line (a compilation, a pause) counts as only a few times it.
+    A time far above the line (a compilation, a pause) counts as only half as much again as it.
 
     Args:
         discount: Factor on the weight of everything seen at each new time.
@@ -62,7 +62,7 @@ class CostLine:
     _PRIOR_STEPS = 8.0
     _PRIOR_SPREAD = 0.1
     #: Largest ratio of a time to the line's that is taken at face value.
-    _OUTLIER = 3.0
+    _OUTLIER = 1.5
 
     def __init__(self, discount: float = 0.99, steepest: float = 1.0) -> None:
         self._discount, self._steepest = discount, steepest
