@@ -4,7 +4,8 @@ Every engine has a process of its own. The plain one stays; beside it one other 
 turns with it (plain, method, plain, method, plain ...), so that each method is compared with
 plain decoding measured right before and after it. `--turn` makes turns short: a few prompts of
 every method of an engine, then the next few, so that a machine whose speed swings is as fast for
-one as for the other. Prompts are held-out source code; all
+one as for the other, and `--together` keeps all engines alive for that, in as much memory.
+Prompts are held-out source code; all
 requests write the same number of tokens. One row for each method, temperature, batch size and
 repeat goes to results/self_speculation.jsonl as soon as it is measured; rows that are there
 already, of the same run (by default: the same commit) and settings, are not measured again.
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -257,15 +258,21 @@ def todo(
 def measure(
     settings: Settings,
     plain: Plain,
-    worker: Worker,
+    workers: Mapping[str, Worker],
     turns: Sequence[tuple[Method, float, int, int]],
 ) -> Iterator[dict[str, Any]]:
-    """The turns of one engine: all its methods in each setting and repeat, plain in between."""
+    """The turns of some engines: all methods in each setting and repeat, plain in between.
+
+    `workers`: by the config they started with, as JSON.
+    """
     prompts, warm = plain.prompts, set()
 
     def job(method: Method, temperature: float, batch: int, part: slice) -> Job:
         limit, control = method.draft_limit, method.length_control
         return Job(prompts[part], temperature, batch, settings.tokens, limit, control)
+
+    def run(method: Method, temperature: float, batch: int, part: slice) -> Timed:
+        return workers[json.dumps(method.engine)].run(job(method, temperature, batch, part))
 
     for temperature, batch, repeat in itertools.product(
         settings.temperatures, settings.batches, range(settings.repeats)
@@ -275,7 +282,7 @@ def measure(
             continue
         for method in here:
             if (kind := (method.name, temperature, batch)) not in warm:
-                worker.run(job(method, temperature, batch, slice(batch)))
+                run(method, temperature, batch, slice(batch))
                 warm.add(kind)
         taken: dict[str, list[Timed]] = {method.name: [] for method in here}
         beside: dict[str, list[Timed]] = {method.name: [] for method in here}
@@ -283,7 +290,7 @@ def measure(
         for part in settings.turns(batch):
             for method in here:
                 time.sleep(SETTLE)
-                taken[method.name].append(worker.run(job(method, temperature, batch, part)))
+                taken[method.name].append(run(method, temperature, batch, part))
                 after = plain.turn(temperature, batch)
                 beside[method.name] += before, after
                 before = after
@@ -346,6 +353,7 @@ def main(
     ] = None,
     output: Annotated[Path, typer.Option(help="rows are added to it")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="a few methods on nano")] = False,
+    together: Annotated[bool, typer.Option("--together", help="all engines take turns")] = False,
     run: Annotated[
         str, typer.Option(help="name that the rows of several commands share; default: the commit")
     ] = "",
@@ -383,7 +391,8 @@ def main(
             by_engine.setdefault(json.dumps(turn[0].engine), []).append(turn)
         print(f"{len(chosen)} methods on {len(by_engine)} engines, {len(turns)} rows to measure")
         if turns:
-            failed = measure_all(settings, by_engine, files, output, source)
+            groups = [list(by_engine)] if together else [[config] for config in by_engine]
+            failed = measure_all(settings, by_engine, groups, files, output, source)
             report(output, source["run"], settings)
             if failed:
                 print("FAILED:\n" + "\n".join(failed), file=sys.stderr)
@@ -393,11 +402,14 @@ def main(
 def measure_all(
     settings: Settings,
     by_engine: dict[str, list[tuple[Method, float, int, int]]],
+    groups: Sequence[Sequence[str]],
     files: Path,
     output: Path,
     source: dict[str, Any],
 ) -> list[str]:
     """Measure every engine's turns, with what the methods' configs name in `files`.
+
+    Engines of a group, named by their configs, live together and take turns.
 
     Returns:
         What went wrong.
@@ -416,20 +428,25 @@ def measure_all(
         print(f"about {expected / 60:.0f} minutes, if no method is faster than plain decoding")
         began, count = time.perf_counter(), 0
         file = stack.enter_context(output.open("a"))
-        for number, (config, of_engine) in enumerate(by_engine.items()):
-            log = files / f"{number}.log"
+        for group in groups:
+            of_group = [turn for config in group for turn in by_engine[config]]
             try:
-                speculative = resolved(json.loads(config), files)
-                other = Worker(settings.engine(speculative), settings.threads, log)
-                with contextlib.closing(other):
-                    for found in measure(settings, plain, other, of_engine):
+                with contextlib.ExitStack() as alive:
+                    workers = {}
+                    for config in group:
+                        speculative = resolved(json.loads(config), files)
+                        log = files / f"{list(by_engine).index(config)}.log"
+                        worker = Worker(settings.engine(speculative), settings.threads, log)
+                        alive.callback(worker.close)
+                        workers[config] = worker
+                    for found in measure(settings, plain, workers, of_group):
                         count += 1
                         file.write(json.dumps({**found, **source}) + "\n")
                         file.flush()
                         minutes = (time.perf_counter() - began) / 60
                         print(f"{minutes:5.1f} min {count}/{len(turns)} {line(found)}", flush=True)
             except WorkerError as error:
-                failed.append(f"{config}: {error}")
+                failed.append(f"{', '.join(group)}: {error}")
     return failed
 
 
