@@ -387,8 +387,8 @@ def main(
         done = {key_of(r) for r in read(output) if r["run"] == source["run"]}
         turns = todo(settings, chosen, done)
         by_engine: dict[str, list[tuple[Method, float, int, int]]] = {}
-        for turn in turns:
-            by_engine.setdefault(json.dumps(turn[0].engine), []).append(turn)
+        for wanted in turns:
+            by_engine.setdefault(json.dumps(wanted[0].engine), []).append(wanted)
         print(f"{len(chosen)} methods on {len(by_engine)} engines, {len(turns)} rows to measure")
         if turns:
             groups = [list(by_engine)] if together else [[config] for config in by_engine]
