@@ -37,7 +37,7 @@ def test_quick_run_measures_every_method_against_plain_decoding(
     zoo.ensure("nano")  # before anything is timed
     environment = {**os.environ, **engine_environment}
     rows_file = tmp_path / "rows.jsonl"
-    arguments = ("--quick", "--output", str(rows_file), "--run", "test")
+    arguments = ("--quick", "--turn", "4", "--output", str(rows_file), "--run", "test")
     run("self_speculation.py", *arguments, environment=environment)
 
     rows: list[dict[str, Any]] = [json.loads(line) for line in rows_file.read_text().splitlines()]

@@ -29,3 +29,15 @@ def test_a_cost_that_grows_faster_than_told() -> None:
     assert abs(free.at(x)[1:] - [1.0, 1.4]).max() < 0.02
     assert bounded.at(x)[1] > 1.05
     assert free.fixed + free.slope * 0.1 < 0 < free.at(x)[0]
+
+
+def test_a_steep_line_does_not_distort_times_far_from_it() -> None:
+    """Batches of 8, and then single requests: a time is never taken for a negative one."""
+    line = CostLine(steepest=3.0)
+    for x in [1.0, 1.2] * 100:
+        line.observe(x, 1.0 + 2.5 * (x - 1.0))
+    assert line.fixed + line.slope * 0.3 < 0
+    for _ in range(300):
+        line.observe(0.3, 0.8)
+        assert line.at(np.array([0.3]))[0] > 0
+    assert abs(line.at(np.array([0.3]))[0] - 0.8) < 0.05

@@ -114,7 +114,7 @@ class DynamicTokens:
             token_history, rows, self._num_read[places], num_tokens, self._member, chosen, places,
             self._token_ids, self._last_used, changed,
         )  # fmt: skip
-        self._num_read[places] = np.maximum(self._num_read[places], num_tokens)
+        self._num_read[places] = num_tokens
         if changed.any():
             self._fetch(places, changed)
             self._gathered = None

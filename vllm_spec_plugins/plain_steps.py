@@ -8,8 +8,8 @@ class PlainSteps:
 
     What a step without drafts takes can only be extrapolated from steps that all draft, and a
     little too much makes drafting seem to pay where it does not. Where the expected speed-up is
-    small, one step drafts nothing after 8 steps, then after 16, then after every 32: at most, that
-    costs half a percent.
+    small, one step drafts nothing after 8 steps, then after 16, then after every 32: in the long
+    run a 32nd of what drafting gains, at most a fifth.
     """
 
     #: Expected speed-up above which nothing is tried: it would have to be wrong by a quarter.

@@ -82,7 +82,7 @@ class CostLine:
         if not (x > 0 and seconds > 0):
             return
         if self.is_known:
-            seconds = min(seconds, self._OUTLIER * (self.fixed + self.slope * x))
+            seconds = min(seconds, self._OUTLIER * float(self.at(np.float64(x))))
         self._weight = self._weight * self._discount + 1
         share = 1 / self._weight
         # Centred updates: sums of squares would lose the small differences that matter.
@@ -99,8 +99,8 @@ class CostLine:
         self.slope = min(max(slope, 0.0), self._steepest * through_origin)
         self.fixed = self._seconds - self.slope * self._x
 
-    def at(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Seconds at each x; no less than half of what a line through the origin would say.
+    def at(self, x: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
+        """Seconds at each x, once something was seen; at least half of a line's through the origin.
 
         A steep line, continued far from what was seen, would come to nothing.
         """
