@@ -59,8 +59,9 @@ class Recorder(ExitController):
         #: By request: draft tokens accepted, and their confidences.
         self.accepted: dict[str, int] = {}
         self.confidences: dict[str, list[float]] = {}
-        #: By request: agreement and confidence of each exit at the last position of its prompt.
-        self.shadow: dict[str, tuple[NDArray[np.floating], NDArray[np.floating]]] = {}
+        #: By request, at the last position of its prompt: what `ExitSelection.observe` is told
+        #: of each exit.
+        self.shadow: dict[str, list[NDArray[np.floating]]] = {}
 
     def set_exits(self, selection: ExitSelection) -> None:
         super().set_exits(selection)
@@ -90,12 +91,11 @@ class Recorder(ExitController):
         self,
         request_ids: Sequence[str],
         of_request: NDArray[np.integer],
-        agreement: NDArray[np.floating],
-        confidences: NDArray[np.floating],
+        *told: NDArray[np.floating],
     ) -> None:
         requests: list[int] = of_request.tolist()
         for row, request in enumerate(requests):
-            self.shadow.setdefault(request_ids[request], (agreement[row], confidences[row]))
+            self.shadow.setdefault(request_ids[request], [table[row] for table in told])
 
 
 class Changing(Recorder):
@@ -149,7 +149,7 @@ def record(
     shape = (len(prompts), count, len(exits))
     accepted = np.zeros(shape, dtype=np.uint8)
     confidences = np.zeros((*shape, MOST - 1), dtype=np.float16)
-    agreement, shadow = np.zeros(shape, dtype=np.float16), np.zeros(shape, dtype=np.float16)
+    shadow = np.zeros((3, *shape), dtype=np.float16)
     began = time.perf_counter()
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for index, layer in enumerate(exits):
@@ -162,12 +162,12 @@ def record(
                 for place, name in zip(places, names, strict=True):
                     accepted[number, place, index] = recorder.accepted.pop(name)
                     confidences[number, place, index] = recorder.confidences.pop(name)
-                    agreement[number, place], shadow[number, place] = recorder.shadow.pop(name)
+                    shadow[:, number, place] = recorder.shadow.pop(name)
         seconds = time.perf_counter() - began
         print(
             f"T={temperature:g}: {number + 1} of {len(prompts)} texts, {seconds:.0f} s", flush=True
         )
-    return DraftTraces(np.array(exits), accepted, confidences, agreement, shadow)
+    return DraftTraces(np.array(exits), accepted, confidences, *shadow)
 
 
 def draft_once(

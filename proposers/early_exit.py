@@ -105,7 +105,7 @@ class EarlyExit(Proposer):
     signals = Signals.CONFIDENCES | Signals.EXITS
 
     #: With auto and a length controller that does not choose exits itself, the exits are
-    #: compared in one of so many steps.
+    #: compared in one of so many steps, after the first few.
     COMPARE_EVERY = 8
 
     def __init__(self, options: EarlyExitOptions, context: EngineContext) -> None:
@@ -115,7 +115,6 @@ class EarlyExit(Proposer):
         #: Whether every token of the round is the most likely one.
         self._all_chosen = False
         self._laws = DraftLaws()
-        self._steps = 0
         #: One for each exit that can be chosen; tokens choose among `exit_layers` themselves.
         self._passes: dict[int, ExitPass] = {}
         self._adapter: ExitAdapter | None = None
@@ -284,14 +283,17 @@ class EarlyExit(Proposer):
         every = self.COMPARE_EVERY
         if self._controller is not None:
             every = self._controller.sample_every
-        self._steps += 1
-        if self._steps % every:
-            return
         assert self._selection is not None
+        if not self._selection.is_sampled(every):
+            return
         seen = shadow_tokens(self._target, states, list(self._passes), self._draws)
         if seen is not None:
             self._selection.observe(
-                states.request_ids, seen.of_request, seen.agreement, seen.confidences
+                states.request_ids,
+                seen.of_request,
+                seen.acceptance,
+                seen.agreement,
+                seen.confidences,
             )
 
     def finish(self, request_ids: Sequence[str]) -> None:

@@ -31,11 +31,13 @@ class ShadowTokens:
 
     Attributes:
         of_request: `[N]` int64, index into the step's requests.
-        agreement: `[N, E]` float32, chance that the exit's draft is accepted there.
-        confidences: `[N, E]` float32, probability of that draft under the exit.
+        acceptance: `[N, E]` float32, chance that a draft of the exit is accepted there.
+        agreement: `[N, E]` float32, the same chance of the one token drafted.
+        confidences: `[N, E]` float32, probability of that token under the exit.
     """
 
     of_request: NDArray[np.int64]
+    acceptance: NDArray[np.float32]
     agreement: NDArray[np.float32]
     confidences: NDArray[np.float32]
 
@@ -89,7 +91,12 @@ def shadow_tokens(
     x = drawn.columns.view(len(exits), count).t()  # [N, E]
     q = drawn.confidences.view(len(exits), count).t()
     at_target = p.gather(1, x)
-    # A draw is accepted with min(1, p/q); a choice with p.
+    # A draw is accepted with min(1, p/q), all draws with their overlap; a choice with p.
     accepted = (at_target / q).clamp(max=1) if draws else at_target
-    agreement = torch.where(sampled.unsqueeze(1), accepted, (x == best.unsqueeze(1)).float())
-    return ShadowTokens(of_request, agreement.cpu().numpy(), q.cpu().numpy())
+    overlap = accepted
+    if drawn.probabilities is not None:
+        laws = drawn.probabilities.view(len(exits), count, -1)
+        overlap = torch.minimum(laws, p).sum(dim=-1).t()
+    sampled, same = sampled.unsqueeze(1), (x == best.unsqueeze(1)).float()
+    told = [torch.where(sampled, chance, same) for chance in (overlap, accepted)]
+    return ShadowTokens(of_request, *torch.stack([*told, q]).cpu().numpy())

@@ -83,7 +83,7 @@ class World:
         names = [f"r{i}" for i in range(len(self.rates))]
         assert control.selection is not None
         served = Served(*self.costs.at(len(names)))
-        for step in range(steps):
+        for _ in range(steps):
             limits = control.limits(keys(*names))
             exit_ = LAYERS.index(control.layer)
             agreement, confidences = self.positions(MOST + 1)
@@ -101,12 +101,11 @@ class World:
                 drafting = drafting[~stop & (drafted[drafting] < limits[drafting])]
             offered = np.arange(MOST + 1) < drafted[:, None]
             accepted = (offered & (agreement[:, :, exit_] > 0)).cumprod(axis=1).sum(axis=1)
-            if step % control.sample_every == 0:
+            if control.selection.is_sampled(control.sample_every):
                 of_request = np.repeat(np.arange(len(names)), accepted + 1)
                 emitted = np.arange(MOST + 1) <= accepted[:, None]
-                control.selection.observe(
-                    names, of_request, agreement[emitted], confidences[emitted]
-                )
+                stood = agreement[emitted]
+                control.selection.observe(names, of_request, stood, stood, confidences[emitted])
             served.tokens.append(float((accepted + 1).mean()))
             served.costs.append(self.cost(control.layer, drafted))
             served.layers.append(control.layer)
@@ -187,11 +186,11 @@ def test_confidence_that_tells_nothing_costs_nothing(exit_costs: ExitCosts) -> N
     assert world.serve(controller(exit_costs), 1600).share(first=100) >= 0.97
 
 
-def test_thresholds_gain_where_confidence_tells() -> None:
+def test_confidence_gains_where_it_tells() -> None:
     speeds = []
-    for use_thresholds in (True, False):
+    for calibrated in (True, False):
         world = World(np.tile(FLAT, (1, 1)), costs(0.1))
-        control = controller(world.costs, use_thresholds=use_thresholds)
+        control = controller(world.costs, calibrated=calibrated)
         speeds.append(world.serve(control, 1000).speed(first=100))
     assert speeds[0] > 1.02 * speeds[1]
 
@@ -247,20 +246,48 @@ def test_first_round_drafts_one_token() -> None:
     assert control.limits(keys()).tolist() == []
 
 
-def test_stops_below_each_requests_own_threshold() -> None:
-    control = controller(costs(0.1))
-    world = World(np.array([STEEP, FLAT]), costs(0.1))
-    world.serve(control, 300)
+def test_every_doubt_counts() -> None:
+    """The same confidence at every token of a draft: the lower, the sooner it ends."""
+    control = controller(costs(0.02, 0.3))
+    World(np.tile(FLAT, (1, 1)), costs(0.02, 0.3)).serve(control, 300)
+
+    def drafted(confidence: float) -> int:
+        control.limits(keys("r0"))
+        doubt = np.full(1, confidence, dtype=np.float32)
+        for step in range(MOST - 1):
+            if control.stop_after(keys("r0"), step, doubt).any():
+                return step + 1
+        return MOST
+
+    lengths = [drafted(confidence) for confidence in (0.05, 0.7, 0.99)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] <= 2
+    assert lengths[-1] == MOST
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_doubts_of_one_request_are_not_anothers(order: tuple[int, int]) -> None:
+    control = controller(costs(0.1, 0.05))
+    World(np.tile(FLAT, (2, 1)), costs(0.1, 0.05)).serve(control, 300)
+    names, confidences = np.array(["r0", "r1"]), np.array([0.05, 0.99], dtype=np.float32)
+    both = keys(*names[list(order)].tolist())
+    assert (control.limits(both) == MOST).all()
+    for step in range(3):
+        stops = control.stop_after(both, step, confidences[list(order)])
+    assert stops[order.index(0)]
+    assert not stops[order.index(1)]
+    control.limits(both)  # the next round starts anew
+    assert not control.stop_after(both, 0, np.full(2, 0.99, dtype=np.float32)).any()
+
+
+def test_without_confidence_the_length_is_that_chosen() -> None:
+    control = controller(costs(0.1), calibrated=False)
+    World(np.tile(STEEP, (1, 1)), costs(0.1)).serve(control, 300)
     assert control.selection is not None
-    control.limits(keys("r0", "r1"))
-    thresholds = control.selection.choose(["r0", "r1"]).thresholds
-    assert (thresholds > 0).all()
-    assert thresholds[0] != thresholds[1]
-    for names, order in ((("r0", "r1"), [0, 1]), (("r1", "r0"), [1, 0]), (("r1",), [1])):
-        above = (thresholds[order] + 1e-4).astype(np.float32)
-        below = (thresholds[order] - 1e-4).astype(np.float32)
-        assert not control.stop_after(keys(*names), 0, above).any()
-        assert control.stop_after(keys(*names), 3, below).all()
+    limits = control.limits(keys("r0"))
+    assert 1 < limits[0] < MOST
+    assert limits.tolist() == control.selection.choose(["r0"]).lengths.tolist()
+    assert not control.stop_after(keys("r0"), 0, np.zeros(1, dtype=np.float32)).any()
 
 
 def test_finish_forgets() -> None:
@@ -268,7 +295,7 @@ def test_finish_forgets() -> None:
     World(np.array([STEEP, LOW]), costs(0.1)).serve(control, 100)
     assert control.selection is not None
     control.finish(["r0", "r1", "never seen"])
-    assert len(control.selection._table) == len(control._thresholds) == 0
+    assert len(control.selection._table) == len(control._table) == 0
     early = DynamicExit(DynamicExitOptions.model_validate({}), CONTEXT)
     early.finish(["a"])  # before there are exits
 
@@ -280,7 +307,7 @@ def test_discount_is_that_of_the_option() -> None:
         for agreement in (1.0, 0.0):
             for _ in range(20):
                 table = np.full((1, len(LAYERS)), agreement)
-                control.selection.observe(["a"], np.zeros(1, dtype=np.int64), table, table)
+                control.selection.observe(["a"], np.zeros(1, dtype=np.int64), *[table] * 3)
         return control.selection.rates(["a"]).max()
 
     assert after_a_change(0.5) < 0.4 < after_a_change(1.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from vllm_spec_plugins.proposers.early_exit import candidates
 
-from vllm_spec_plugins.exit_selection import ExitCosts, ExitSelection, expected, step_values
-from vllm_spec_plugins.step_cost import StepTime
+from vllm_spec_plugins.batch_lengths import batch_lengths
+from vllm_spec_plugins.exit_selection import ExitCosts, ExitSelection, expected_speeds
+from vllm_spec_plugins.step_cost import DraftCosts, StepTime
 
 LAYERS = (2, 4, 8)
 MOST = 6
@@ -41,7 +40,6 @@ def teach(
     rates: dict[str, tuple[float, ...]],
     rounds: int = 400,
     seed: int = 0,
-    informative: bool = False,
 ) -> None:
     """Verified positions, two for each request and round, at known rates."""
     generator = np.random.default_rng(seed)
@@ -51,8 +49,7 @@ def teach(
     for _ in range(rounds):
         agreement = (generator.random(chance.shape) < chance).astype(np.float32)
         noise = generator.random(chance.shape)
-        sure = np.where(agreement > 0, 0.7 + 0.3 * noise, 0.5 * noise)
-        learner.observe(names, of_request, agreement, sure if informative else noise)
+        learner.observe(names, of_request, agreement, agreement, noise)
 
 
 # --- costs ---
@@ -154,40 +151,19 @@ def test_layer_counts_are_not_corrected() -> None:
 # --- expected tokens and costs ---
 
 
-@given(st.floats(0, 0.999), st.floats(0.01, 2), st.floats(0, 1))
-def test_expected_without_thresholds_is_dels_formula(a: float, draft: float, slope: float) -> None:
+@given(
+    st.floats(0, 0.999), st.floats(0.01, 2), st.floats(0, 1), st.floats(0, 0.5), st.integers(1, 3)
+)
+def test_expected_speeds_are_dels_formula(
+    a: float, draft: float, slope: float, first: float, count: int
+) -> None:
     d = np.arange(MOST + 1)
-    one = np.array([[a]])
-    added = expected(one, one, one, np.array([draft]), 1 + slope * d)
-    tokens, verifying, drafting = (table.cumsum(axis=0) for table in added)
-    assert tokens[:, 0, 0, 0] == pytest.approx((1 - a ** (d + 1)) / (1 - a))
-    per_cost = tokens[:, 0, 0, 0] / (verifying[:, 0, 0, 0] + drafting[:, 0, 0])
-    assert per_cost == pytest.approx((1 - a ** (d + 1)) / (1 - a) / (1 + slope * d + draft * d))
-
-
-def test_expected_with_thresholds_is_what_happens() -> None:
-    # Chances of (confident, accepted) for each of two requests.
-    laws = np.array([[[0.2, 0.1], [0.1, 0.6]], [[0.15, 0.35], [0.2, 0.3]]])
-    accepted, confident, both = laws[:, :, 1].sum(1), laws[:, 1].sum(1), laws[:, 1, 1]
-    verify = np.array([1, 1.1, 1.15, 1.4])
-    added = expected(accepted[None], confident[None], both[None], np.array([0.2]), verify)
-    tokens, verifying, drafting = (table.cumsum(axis=0) for table in added)
-    generator = np.random.default_rng(0)
-    rounds = 400_000
-    sure = np.empty((rounds, 2, 3), dtype=bool)
-    right = np.empty((rounds, 2, 3), dtype=bool)
-    for request, law in enumerate(laws):
-        drawn = generator.choice(4, size=(rounds, 3), p=law.ravel())
-        sure[:, request], right[:, request] = drawn >= 2, drawn % 2 == 1
-    goes_on = np.concatenate([np.ones((rounds, 2, 1), dtype=bool), sure[..., :2]], axis=2)
-    reached = goes_on.cumprod(axis=2)
-    for most in range(4):
-        drafted = reached[..., :most].sum(axis=2)
-        emitted = 1 + (reached[..., :most] * right[..., :most].cumprod(axis=2)).sum(axis=2)
-        assert emitted.mean(axis=0) == pytest.approx(tokens[most, 1, 0], abs=0.01)
-        assert verify[drafted].mean(axis=0) == pytest.approx(verifying[most, 1, 0], abs=0.005)
-        steps = drafted.max(axis=1).mean()
-        assert 0.2 * steps == pytest.approx(drafting[most, 1, 0], abs=0.005)
+    speeds = expected_speeds(
+        np.full((count, 2), [a, a / 2]), np.array([draft, 2 * draft]), 1 + slope * d, first
+    )
+    for speed, rate, each in zip(speeds, (a, a / 2), (draft, 2 * draft), strict=True):
+        cost = 1 + slope * d + each * d + first * (d > 0)
+        assert speed == pytest.approx(((1 - rate ** (d + 1)) / (1 - rate) / cost).max())
 
 
 @settings(max_examples=60)
@@ -199,23 +175,21 @@ def test_expected_with_thresholds_is_what_happens() -> None:
 def test_own_lengths_are_never_worse_than_one_for_all(
     rates: list[tuple[float, float]], draft: float, slope: float
 ) -> None:
-    d = np.arange(5)
-    a = np.array(rates).T
-    added = expected(a, a * 0 + 1, a, np.array([draft, 2 * draft]), 1 + slope * d)
-    gains, values, speed = step_values(*(table[:, :1] for table in added))
-    tokens, verifying = added[0].cumsum(axis=0), added[1].cumsum(axis=0)
-    count = len(rates)
+    a, k = np.array(rates), np.arange(5)
+    verify, each = 1 + slope * k, draft * np.array([1.0, 2.0])
+    speeds = expected_speeds(a, each, verify)
 
     def per_cost(exit_: int, lengths: NDArray[np.int64]) -> float:
-        of_each = (lengths, 0, exit_, np.arange(count))
-        cost = verifying[of_each].sum() + count * draft * (1 + exit_) * lengths.max()
-        return tokens[of_each].sum() / cost
+        tokens = (a[:, exit_, None] ** k).cumsum(axis=1)[np.arange(len(a)), lengths]
+        cost = verify[lengths].sum() + len(a) * each[exit_] * lengths.max()
+        return tokens.sum() / cost
 
-    common = max(per_cost(e, np.full(count, k)) for e, k in product(range(2), d))
-    assert speed == pytest.approx(common)
-    longest, exit_ = np.unravel_index(values[:, 0].argmax(), (5, 2))
-    own = per_cost(int(exit_), gains[: longest + 1, 0, exit_].argmax(axis=0))
-    assert own >= common - 1e-9
+    for exit_ in range(2):
+        common = max(per_cost(exit_, np.full(len(a), length)) for length in k)
+        assert speeds[exit_] == pytest.approx(common)
+        own, speed = batch_lengths(a[:, exit_], DraftCosts(verify, 0.0, each[exit_]))
+        assert speed == pytest.approx(common)
+        assert per_cost(exit_, own) >= common - 1e-9
 
 
 # --- the choice ---
@@ -233,14 +207,15 @@ def test_one_request_gets_dels_choice(
     learner = selection(linear(slope, *draft))
     teach(learner, {"a": rates}, rounds=20)
     (a,) = learner.rates(["a"])
-    choice = learner.choose(["a"], use_thresholds=False)
+    choice = learner.choose(["a"])
     value = {
         (layer, d): sum(a[e] ** i for i in range(d + 1)) / (1 + slope * d + d * draft[e])
         for e, layer in enumerate(LAYERS)
         for d in range(MOST + 1)
     }
     assert value[choice.layer, int(choice.lengths[0])] == pytest.approx(max(value.values()))
-    assert choice.thresholds.tolist() == [0]
+    assert choice.speed_up == pytest.approx(max(value.values()))
+    assert choice.acceptance.tolist() == [a[LAYERS.index(choice.layer)]]
 
 
 def test_deeper_exits_where_they_are_worth_it() -> None:
@@ -252,9 +227,6 @@ def test_deeper_exits_where_they_are_worth_it() -> None:
     assert cheap.choose(["a"]).lengths.tolist() == [MOST]
     assert dear.choose(["a"]).layer == 4
     assert hopeless.choose(["a"]).lengths.tolist() == [0]
-    # An exit that was asked for.
-    assert dear.choose(["a"], 2).layer == 2
-    assert dear.choose(["a"], 2).lengths[0] < dear.choose(["a"], 4).lengths[0]
 
 
 def test_requests_of_a_batch_have_their_own_lengths() -> None:
@@ -274,29 +246,13 @@ def test_a_batch_waits_for_its_longest_draft() -> None:
     assert learner.choose(names).lengths.tolist() == [0] * 8
 
 
-def test_thresholds_where_they_pay() -> None:
-    rates = {"a": (0.7, 0.7, 0.7)}
-    for exit_costs, informative, used in (
-        (DEAR, True, True),
-        (DEAR, False, False),  # confidence tells nothing
-    ):
-        learner = selection(exit_costs)
-        teach(learner, rates, informative=informative)
-        choice = learner.choose(["a"])
-        assert (choice.thresholds[0] > 0) == used
-        if used:
-            assert choice.thresholds[0] == learner.thresholds(["a"])[0, LAYERS.index(choice.layer)]
-            plain = learner.choose(["a"], choice.layer, use_thresholds=False)
-            assert plain.thresholds.tolist() == [0]
-            assert choice.lengths[0] > plain.lengths[0]  # good drafts may be longer
-
-
 def test_the_exit_changes_for_a_margin_only() -> None:
     learner = ExitSelection((2, 4), linear(0.0, 0.2, 0.2), MOST, 4)
     layers = []
     for rates in ((0.7, 0.69), (0.7, 0.703), (0.7, 0.75), (0.753, 0.75), (0.8, 0.75)):
         for _ in range(400):
-            learner.observe(["a"], np.zeros(1, dtype=int), np.array([rates]), np.ones((1, 2)))
+            table = np.array([rates])
+            learner.observe(["a"], np.zeros(1, dtype=int), table, table, np.ones((1, 2)))
         layers.append(learner.choose(["a"]).layer)
     assert layers == [2, 2, 4, 4, 2]
 
@@ -313,30 +269,50 @@ def test_rates_converge() -> None:
 
 
 def test_sampled_targets_are_learned_from_the_overlap() -> None:
+    """The overlap itself, or the chance of one token drawn from either law."""
     generator = np.random.default_rng(0)
     p, q = generator.dirichlet(np.ones(8)), generator.dirichlet(np.ones(8), size=3)
     overlap = np.minimum(p, q).sum(axis=1)
-    drawn, judged = selection(discount=1.0), selection(discount=1.0)
+    whole, drawn, judged = (selection(discount=1.0) for _ in range(3))
+    request = np.zeros(1, dtype=int)
     for _ in range(2000):
         x = np.array([generator.choice(8, p=law) for law in q])
         of_x = q[np.arange(3), x]
-        drawn.observe(["a"], np.zeros(1, dtype=int), np.minimum(1, p[x] / of_x)[None], of_x[None])
+        of_draw = np.minimum(1, p[x] / of_x)[None]
         y = generator.choice(8, p=p)
-        judged.observe(
-            ["a"], np.zeros(1, dtype=int), np.minimum(1, q[:, y] / p[y])[None], of_x[None]
-        )
+        whole.observe(["a"], request, overlap[None], of_draw, of_x[None])
+        drawn.observe(["a"], request, of_draw, of_draw, of_x[None])
+        judged.observe(["a"], request, np.minimum(1, q[:, y] / p[y])[None], of_draw, of_x[None])
+    assert whole.rates(["a"])[0] == pytest.approx(overlap, abs=0.001)
     assert drawn.rates(["a"])[0] == pytest.approx(overlap, abs=0.03)
     assert judged.rates(["a"])[0] == pytest.approx(overlap, abs=0.03)
 
 
-def test_thresholds_lie_half_way() -> None:
-    learner = selection(discount=1.0)
+def test_each_exits_confidences_are_learned() -> None:
+    learner = selection()
     agreement = np.array([[1, 1, 0.5], [1, 0, 0.5]])
     confidences = np.array([[0.9, 0.6, 0.8], [0.7, 0.2, 0.4]])
     for _ in range(3000):
-        learner.observe(["a"], np.zeros(2, dtype=int), agreement, confidences)
-    # Of exit 0 everything agrees: nothing is known of the confidence of its mistakes.
-    assert learner.thresholds(["a"])[0] == pytest.approx([0.8 / 2, (0.6 + 0.2) / 2, 0.6], abs=0.01)
+        learner.observe(["a"], np.zeros(2, dtype=int), agreement, agreement, confidences)
+    half, unseen = np.full(1, 0.5), np.full(1, 0.99)
+    for exit_, layer in enumerate(LAYERS):
+        bins = learner.bins[layer]
+        for position in range(2):
+            confidence = confidences[position, [exit_]]
+            chance = agreement[position, exit_]
+            assert bins.acceptance(confidence, half) == pytest.approx(chance, abs=0.01)
+        assert bins.acceptance(unseen, half) == 0.5
+
+
+def test_first_steps_are_all_observed() -> None:
+    learner = selection()
+    sampled = []
+    for _ in range(40):
+        sampled.append(learner.is_sampled(8))
+        if sampled[-1]:
+            table = np.ones((1, 3))
+            learner.observe(["a"], np.zeros(1, dtype=int), table, table, table)
+    assert sampled == [True] * 16 + ([False] * 7 + [True]) * 3
 
 
 def test_new_request_starts_from_the_mean_of_all() -> None:
@@ -348,7 +324,8 @@ def test_new_request_starts_from_the_mean_of_all() -> None:
     assert learner.rates(["newer"])[0] == pytest.approx([0.2, 0.5, 0.9], abs=0.08)
     alone = learner.choose(["newest"])
     assert learner.choose(()).layer == alone.layer
-    assert learner.choose(()).lengths.shape == learner.choose(()).thresholds.shape == (0,)
+    nobody = learner.choose(())
+    assert nobody.lengths.shape == nobody.acceptance.shape == (0,)
 
 
 def test_old_evidence_fades() -> None:
@@ -375,8 +352,8 @@ def test_requests_without_positions_keep_what_they_know() -> None:
     teach(learner, {"a": (0.2, 0.5, 0.9), "b": (0.9, 0.9, 0.9)})
     sums = learner._table.values[learner._table.rows(["b"])]
     none = np.zeros((0, 3))
-    learner.observe(["a", "b"], np.zeros(0, dtype=int), none, none)
-    learner.observe(["b", "a"], np.ones(2, dtype=int), np.ones((2, 3)), np.ones((2, 3)))
+    learner.observe(["a", "b"], np.zeros(0, dtype=int), none, none, none)
+    learner.observe(["b", "a"], np.ones(2, dtype=int), *[np.ones((2, 3))] * 3)
     assert (learner._table.values[learner._table.rows(["b"])] == sums).all()
 
 
@@ -389,27 +366,17 @@ def test_order_of_the_batch_does_not_matter() -> None:
         of_request = np.sort(generator.integers(0, 9, 25))
         agreement = (generator.random((25, 3)) < chance[of_request]).astype(float)
         confidences = generator.random((25, 3))
-        forward.observe(names, of_request, agreement, confidences)
+        forward.observe(names, of_request, agreement, agreement, confidences)
         order = generator.permutation(9)
         place = np.argsort(order)
         mixed = np.argsort(place[of_request], kind="stable")
         moved = [names[i] for i in order]
-        shuffled.observe(moved, place[of_request][mixed], agreement[mixed], confidences[mixed])
+        same = agreement[mixed]
+        shuffled.observe(moved, place[of_request][mixed], same, same, confidences[mixed])
         ours, theirs = forward.choose(names), shuffled.choose(moved)
         assert ours.layer == theirs.layer
         assert ours.lengths[order].tolist() == theirs.lengths.tolist()
-        assert ours.thresholds[order] == pytest.approx(theirs.thresholds)
-
-
-def test_probes_only_where_nothing_is_heard() -> None:
-    learner = selection(HOPELESS)
-    teach(learner, {"a": (0.1, 0.1, 0.1), "b": (0.1, 0.1, 0.1)})
-    silent = []
-    for _ in range(200):
-        silent.append(learner.choose(["a", "b"]).lengths.tolist())
-        learner.observe(["b"], np.zeros(1, dtype=int), np.zeros((1, 3)), np.zeros((1, 3)))
-    probes = np.array(silent).sum(axis=0)
-    assert probes.tolist() == [200 // learner._PROBE_EVERY, 0]
+        assert ours.acceptance[order] == pytest.approx(theirs.acceptance)
 
 
 def test_recovers_from_what_is_seen_without_drafting() -> None:

@@ -222,7 +222,7 @@ def test_a_wrong_cost_of_drafting_is_noticed(name: str, factor: float) -> None:
 
 def test_evidence_of_few_tokens_at_face_value_is_noticed() -> None:
     """Requests that hardly differ, each judged by its own few tokens."""
-    alone = controller("expected_speedup", prior_strength=1.0, discount=0.8)
+    alone = controller("expected_speedup", prior_strength=0.5, discount=0.5)
     assert share(alone, 1, "memory", batch=1) < 0.96
 
 

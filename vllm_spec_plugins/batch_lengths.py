@@ -42,3 +42,14 @@ def batch_lengths(
     best = np.maximum.accumulate(gains, axis=1).sum(axis=0)
     longest = int((best - count * speed * drafting).argmax())
     return gains[:, : longest + 1].argmax(axis=1), speed
+
+
+def goes_on(gains: NDArray[np.float64], drafting: float) -> NDArray[np.bool_]:
+    """`[R]` who drafts one more token: those it is worth its verification to, together.
+
+    Args:
+        gains: `[R]` tokens that one more draft token is expected to yield, less what verifying it
+            must.
+        drafting: Tokens that one more draft step must yield, for all requests together.
+    """
+    return (gains >= 0) & (gains.clip(min=0).sum() >= drafting)

@@ -41,13 +41,43 @@ class ConfidenceBins:
         accepted = self._accepted[bins] + self._prior_strength * fallback
         return accepted / (self._seen[bins] + self._prior_strength)
 
-    def observe(self, confidences: NDArray[np.floating], accepted: NDArray[np.bool_]) -> None:
-        """Learn from `[M]` tokens the target was asked about: all up to the first rejection."""
+    def odds_ratio(self, confidences: NDArray[np.floating]) -> NDArray[np.float64]:
+        """`[R]` odds that tokens of these confidences are accepted, over those of any token.
+
+        1 where little was seen. Beside a chance known from elsewhere, like the acceptance rate of a
+        request, this is what a token's confidence adds: its odds are multiplied.
+        """
+        seen, accepted = self._seen.sum(), self._accepted.sum()
+        mean = np.full(len(confidences), (accepted + 1) / (seen + 2))
+        return _odds(self.acceptance(confidences, mean)) / _odds(mean)
+
+    def observe(
+        self, confidences: NDArray[np.floating], accepted: NDArray[np.bool_] | NDArray[np.floating]
+    ) -> None:
+        """Learn from `[M]` tokens the target was asked about: all up to the first rejection.
+
+        Args:
+            confidences: `[M]` in [0, 1].
+            accepted: `[M]` whether each was, or the chance that it was.
+        """
         bins = self._bins(confidences)
         self._seen *= self._discount
         self._accepted *= self._discount
         self._seen += np.bincount(bins, minlength=self._BINS)
-        self._accepted += np.bincount(bins[accepted], minlength=self._BINS)
+        self._accepted += np.bincount(bins, weights=accepted, minlength=self._BINS)
 
     def _bins(self, confidences: NDArray[np.floating]) -> NDArray[np.int64]:
         return np.minimum((confidences * self._BINS).astype(np.int64), self._BINS - 1)
+
+
+def multiplied_odds(
+    chance: NDArray[np.float64], factor: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The chance whose odds are `factor` times those of `chance`, which is not quite 0 or 1."""
+    odds = _odds(chance) * factor
+    return odds / (1 + odds)
+
+
+def _odds(chance: NDArray[np.float64]) -> NDArray[np.float64]:
+    chance = chance.clip(0.01, 0.99)
+    return chance / (1 - chance)

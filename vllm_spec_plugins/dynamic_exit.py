@@ -1,6 +1,6 @@
 """Length controller `del`: exit layer, draft length and stopping from shadow tokens.
 
-DEL, Entezari Zarch et al. 2504.05598 (COLM 2025); what is ours is said in `exit_selection`.
+DEL, Entezari Zarch et al. 2504.05598 (COLM 2025); what is ours is said in the classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from .batch_lengths import goes_on
+from .confidence_bins import multiplied_odds
 from .exit_selection import ExitController
 from .length_control import LengthControlOptions
 from .plain_steps import PlainSteps
@@ -26,24 +28,31 @@ if TYPE_CHECKING:
 
 class DynamicExitOptions(LengthControlOptions):
     sample_every: int = Field(
-        4, ge=1, description="shadow tokens of all exits are computed in one of so many steps"
+        4,
+        ge=1,
+        description="shadow tokens of all exits are computed in the first 16 steps, then in one "
+        "of so many",
     )
     discount: float = Field(
         0.95, gt=0, le=1, description="factor on a request's past evidence at each new shadow step"
     )
-    use_thresholds: bool = Field(
+    calibrated: bool = Field(
         True,
-        description="whether a draft may end at a token of low confidence, where that is "
-        "expected to pay; false = by length alone",
+        description="judge each draft token by how often tokens of its confidence were accepted; "
+        "false = draft as many tokens as were chosen before",
     )
 
 
 class DynamicExit(ExitController):
     """Drafts after the exit, and up to the length, that promise the most tokens per cost.
 
-    Both are chosen before drafting, from verified positions of past steps; a draft also ends
-    at the first token less confident than its request's threshold. That token is kept: it is
-    verified like any other, so stopping depends on drafted tokens and past verdicts only.
+    Both are chosen before drafting, from verified positions of past steps. DEL ends a draft
+    sooner at a token less confident than half-way between tokens that agreed and tokens that did
+    not. Here a token's confidence multiplies the odds of its request's rate, by as much as past
+    tokens of such confidence after this exit were accepted more often than others. A draft goes
+    on while one more token is worth its time at the speed expected, even beyond the length
+    chosen. The last token is kept: it is verified like any other, so stopping depends on drafted
+    tokens and past verdicts only.
 
     The exit depends on the whole batch. A seeded request's text therefore follows the target's
     law in any company, but is not the same text in all.
@@ -52,11 +61,19 @@ class DynamicExit(ExitController):
     Options = DynamicExitOptions
     options: DynamicExitOptions
 
+    #: Columns: chance that a token of the request is accepted; chance that all of the round are.
+    _RATE, _SURVIVAL = range(2)
+
     def __init__(self, options: DynamicExitOptions, context: EngineContext) -> None:
         super().__init__(options, context)
         self.sample_every = options.sample_every
-        self._thresholds = RequestTable([0.0], context.max_num_requests)
+        self._table = RequestTable([0.0, 1.0], context.max_num_requests)
+        self._most = context.facts.num_speculative_tokens
         self._plain_steps = PlainSteps()
+        #: Of this round: tokens that verifying one more must yield, `[K]` and a 0, and that
+        #: drafting one must, for all requests together.
+        self._verifying = np.zeros(self._most + 1)
+        self._drafting = 0.0
 
     def set_exits(self, selection: ExitSelection) -> None:
         selection.discount = self.options.discount
@@ -68,23 +85,37 @@ class DynamicExit(ExitController):
             return np.ones(len(request_ids), dtype=np.int64)
         if not len(request_ids):
             return np.zeros(0, dtype=np.int64)
-        choice = self.selection.choose(request_ids, use_thresholds=self.options.use_thresholds)
+        choice = self.selection.choose(request_ids)
         self.choose_layer(choice.layer)
-        rows = self._thresholds.rows(request_ids)  # may make room
-        self._thresholds.values[rows, 0] = choice.thresholds
-        would_draft = self.selection.learns_times and choice.lengths.any()
-        if would_draft and self._plain_steps.is_due(choice.speed_up):
+        if choice.lengths.any() and self._tries_without(choice.speed_up):
             return np.zeros_like(choice.lengths)
-        return choice.lengths
+        if not self.options.calibrated:
+            return choice.lengths
+        rows = self._table.rows(request_ids)  # may make room
+        self._table.values[rows, self._RATE] = choice.acceptance
+        self._table.values[rows, self._SURVIVAL] = 1
+        self._verifying[: self._most] = choice.speed_up * np.diff(choice.costs.verify)
+        self._drafting = choice.speed_up * choice.costs.each * len(rows)
+        return np.where(choice.lengths > 0, self._most, 0)
+
+    def _tries_without(self, speed_up: float) -> bool:
+        """Whether the batch takes a step without drafts, to see what that takes."""
+        assert self.selection is not None
+        return self.selection.learns_times and self._plain_steps.is_due(speed_up)
 
     def stop_after(
         self, requests: RequestKeys, step: int, confidences: NDArray[np.float32]
     ) -> NDArray[np.bool_]:
-        del step
-        rows = self._thresholds.rows(requests.request_ids)
-        return confidences < self._thresholds.values[rows, 0]
+        if self.selection is None or not self.options.calibrated:
+            return np.zeros(len(confidences), dtype=np.bool_)
+        rows = self._table.rows(requests.request_ids)
+        rate, survival = self._table.values[rows].T
+        told = self.selection.bins[self.layer].odds_ratio(confidences)
+        survival = survival * multiplied_odds(rate, told)
+        self._table.values[rows, self._SURVIVAL] = survival
+        return ~goes_on(survival * rate - self._verifying[step + 1], self._drafting)
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        self._thresholds.forget(request_ids)
+        self._table.forget(request_ids)
         if self.selection is not None:
             self.selection.finish(request_ids)

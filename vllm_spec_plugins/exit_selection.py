@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .batch_lengths import batch_lengths
+from .confidence_bins import ConfidenceBins
 from .length_control import LengthController, LengthControlOptions, Signals
 from .request_table import RequestTable
-from .step_cost import STEEPEST_VERIFICATION, CostLine, StepTime
+from .step_cost import STEEPEST_VERIFICATION, CostLine, DraftCosts, StepTime
 
 if TYPE_CHECKING:
     from .context import EngineContext
@@ -96,29 +98,26 @@ class ExitChoice:
 
     Attributes:
         layer: The exit, one for all requests: the rows of a batch run the same layers.
-        lengths: `[R]` int64 most tokens to draft, 0 to K.
-        thresholds: `[R]` float64 confidence below which a drafted token is its draft's last;
-            0 where stopping early is not expected to pay.
+        lengths: `[R]` int64 tokens to draft, 0 to K, as far as is known before drafting.
         speed_up: Expected speed over that of not drafting, 1 or more.
+        acceptance: `[R]` chance that a draft token is accepted.
+        costs: Of R requests that draft after this exit, in plain steps.
     """
 
     layer: int
     lengths: NDArray[np.int64]
-    thresholds: NDArray[np.float64]
     speed_up: float
+    acceptance: NDArray[np.float64]
+    costs: DraftCosts
 
 
 class ExitSelection:
     """What is known about each exit, per request, and what follows from it.
 
     With a the chance that a draft token is accepted, DEL's expected tokens per cost of d draft
-    tokens are (1 - a^(d+1)) / (1 - a) over verify[d] + d draft. Ours differ in two ways. A batch
-    is one step: what counts are its tokens over its cost, so that a request that drafts longer
-    than the others makes them wait. And ending a draft at a doubtful token is part of the model:
-    with s the chance that a token is confident, and m that it is confident and accepted, at most
-    d tokens yield 1 + a (1 - m^d) / (1 - m), and the j-th is drafted in s^(j-1) of the rounds.
-    Thresholds are used where that is better: not where confidence tells little, nor where a
-    draft token costs so little that doubtful ones pay, too.
+    tokens are (1 - a^(d+1)) / (1 - a) over verify[d] + d draft. A batch is one step: what counts
+    are its tokens over its cost, so that a request that drafts longer than the others makes them
+    wait.
 
     Each request's evidence is drawn towards the mean over all, so that a new one starts well.
 
@@ -136,22 +135,18 @@ class ExitSelection:
         ValueError: The costs are for other exits or too few tokens.
     """
 
-    #: Sums over positions, for each request and exit: all, those where the draft agreed, the
-    #: confidences where it did and where it did not, the confident ones, those of them that agreed.
-    _SEEN, _AGREED, _SURE_RIGHT, _SURE_WRONG, _CONFIDENT, _CONFIDENT_AGREED = range(6)
-    _NUM_SUMS = 6
     #: Positions' worth of evidence that the mean over all requests counts for.
     _PRIOR_STRENGTH = 12.0
     #: Until more is known, every exit agrees half the time: so many positions' worth of it.
     _INITIAL_POSITIONS = 2.0
     #: Discount, at each observation, of the mean over all requests.
-    _MEAN_DISCOUNT = 0.99
-    #: What another exit must yield beyond the present one, as a share of the tokens that the
-    #: time of a plain step is worth.
+    _MEAN_DISCOUNT = 0.98
+    #: By how much, as a share of the speed, another exit must be better than the present one.
     _MARGIN = 0.01
-    #: A request that drafts nothing, and of which nothing is heard, drafts one token after so
-    #: many rounds: for proposers that observe only where they drafted.
-    _PROBE_EVERY = 64
+    #: Draft tokens' worth of evidence that a request's rate counts for in a bin of confidences.
+    _PRIOR_OF_BINS = 4.0
+    #: Observations from successive steps before only some steps are observed.
+    _FIRST_STEPS = 16
 
     def __init__(
         self,
@@ -169,19 +164,24 @@ class ExitSelection:
             )
         self.layers = tuple(layers)
         self.discount = discount
-        #: Whether anything was observed yet.
-        self.has_evidence = False
+        #: For each exit, how often draft tokens of some confidence are accepted.
+        self.bins = {layer: ConfidenceBins(self._PRIOR_OF_BINS) for layer in layers}
         self._costs = costs
         self._verification = CostLine(steepest=STEEPEST_VERIFICATION)
         self._drafting = CostLine()
         self._most = most
+        self._steps = self._observations = 0
         #: The exit of the last round, as an index.
         self._current: int | None = None
-        #: Column 0: rounds without a draft or an observation; then `[_NUM_SUMS, E]` sums.
-        self._table = RequestTable([0.0] * (1 + self._NUM_SUMS * exits), max_num_requests)
-        self._mean = np.zeros((self._NUM_SUMS, exits))
-        self._mean[[self._SEEN, self._CONFIDENT]] = self._INITIAL_POSITIONS
-        self._mean[[self._AGREED, self._CONFIDENT_AGREED]] = self._INITIAL_POSITIONS / 2
+        #: Positions seen, and of those the chances to be accepted after each exit, `[1 + E]`.
+        self._table = RequestTable([0.0] * (1 + exits), max_num_requests)
+        half = self._INITIAL_POSITIONS / 2
+        self._mean = np.array([self._INITIAL_POSITIONS] + [half] * exits)
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether anything was observed yet."""
+        return self._observations > 0
 
     @property
     def learns_times(self) -> bool:
@@ -191,65 +191,50 @@ class ExitSelection:
     def rates(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
         """`[R, E]` estimated chance that a draft token of each exit is accepted."""
         evidence = self._evidence(self._table.rows(request_ids))
-        return evidence[:, self._AGREED] / evidence[:, self._SEEN]
+        return evidence[:, 1:] / evidence[:, :1]
 
-    def thresholds(self, request_ids: Sequence[str]) -> NDArray[np.float64]:
-        """`[R, E]` half-way between mean confidence where the draft agrees and where not."""
-        return self._half_way(self._evidence(self._table.rows(request_ids)))
+    def choose(self, request_ids: Sequence[str]) -> ExitChoice:
+        """The exit and the lengths with the most expected tokens per cost.
 
-    def choose(
-        self,
-        request_ids: Sequence[str],
-        layer: int | None = None,
-        *,
-        use_thresholds: bool = True,
-    ) -> ExitChoice:
-        """The exit, lengths and thresholds with the most expected tokens per cost.
+        The exit is the one that is best when all requests draft equally long, but the last
+        round's until another is better by a margin. Lengths are each request's own.
 
         Args:
             request_ids: `[R]` the batch. None of them: the layer for a request of which nothing
                 is known but the mean of all.
-            layer: One of `layers`. None: the last round's until another is better by a margin.
-            use_thresholds: Whether drafts may end at doubtful tokens.
         """
         rows = self._table.rows(request_ids)
         evidence = self._evidence(rows) if len(rows) else self._prior()[None]
+        rates = evidence[:, 1:] / evidence[:, :1]
         draft, verify, first = self._costs_at(len(evidence))
-        if layer is not None:
-            only = [self.layers.index(layer)]
-            evidence, draft = evidence[..., only], draft[only]
-        shares = np.ascontiguousarray((evidence / evidence[:, self._SEEN, None]).T)
-        tokens, verifying, drafting = expected(
-            shares[:, self._AGREED],
-            shares[:, self._CONFIDENT],
-            shares[:, self._CONFIDENT_AGREED],
-            draft,
-            verify[: self._most + 1],
-        )
-        drafting[1:2] += first
-        if not use_thresholds:
-            tokens, verifying, drafting = tokens[:, :1], verifying[:, :1], drafting[:, :1]
-        gains, values, speed = step_values(tokens, verifying, drafting)
-        exit_ = 0
-        if layer is None:
-            margin = self._MARGIN * speed * len(evidence)
-            exit_ = self._best_exit(values.max(axis=(0, 1)), margin)
-        longest, rule = divmod(int(values[..., exit_].argmax()), values.shape[1])
-        lengths = gains[: longest + 1, rule, exit_].argmax(axis=0)
-        thresholds = np.zeros(len(lengths))
-        if rule:
-            thresholds = self._half_way(evidence[..., [exit_]])[:, 0]
-        chosen = self.layers[exit_] if layer is None else layer
-        if not len(rows):
-            return ExitChoice(chosen, lengths[:0], thresholds[:0], speed)
-        if layer is None:
+        speeds = expected_speeds(rates, draft, verify[: self._most + 1], first)
+        exit_ = self._best_exit(speeds)
+        costs = DraftCosts(verify[: self._most + 1], first, float(draft[exit_]))
+        lengths, speed = batch_lengths(rates[:, exit_], costs)
+        if len(rows):
             self._current = exit_
-        return ExitChoice(chosen, self._with_probes(rows, lengths), thresholds, speed)
+        count = len(rows)
+        return ExitChoice(
+            self.layers[exit_],
+            lengths[:count],
+            speed,
+            rates[:count, exit_],
+            costs,
+        )
+
+    def is_sampled(self, every: int) -> bool:
+        """Whether a step's positions are observed: of the first, all, then one of so many.
+
+        Asked once for each step.
+        """
+        self._steps += 1
+        return self._observations < self._FIRST_STEPS or self._steps % every == 0
 
     def observe(
         self,
         request_ids: Sequence[str],
         of_request: NDArray[np.integer],
+        acceptance: NDArray[np.floating],
         agreement: NDArray[np.floating],
         confidences: NDArray[np.floating],
     ) -> None:
@@ -262,37 +247,27 @@ class ExitSelection:
         Args:
             request_ids: `[R]`.
             of_request: `[N]` index into `request_ids`; a request may have no position.
-            agreement: `[N, E]` chance, in [0, 1], that the draft of each exit is accepted there:
-                1 or 0 where the target is greedy; where it samples, an estimate whose mean is
-                sum_x min(p(x), q(x)), like min(1, p(x) / q(x)) of a token x drawn from q.
-            confidences: `[N, E]` probability, under each exit, of the token it would draft, x.
+            acceptance: `[N, E]` chance, in [0, 1], that a draft of each exit is accepted there:
+                1 or 0 where the target is greedy; where it samples, the overlap
+                sum_x min(p(x), q(x)), or an estimate of that mean.
+            agreement: `[N, E]` the same chance of one token x that the exit drafted there:
+                min(1, p(x) / q(x)) where x was drawn from q.
+            confidences: `[N, E]` probability of x under each exit.
         """
         if not len(of_request):
             return
-        self.has_evidence = True
+        self._observations += 1
         order = np.argsort(of_request, kind="stable")
         present, first = np.unique(of_request[order], return_index=True)
         chosen: list[int] = present.tolist()
-        names: list[str] = [request_ids[i] for i in chosen]
-        counts = np.diff(first, append=len(order))
-        rows = self._table.rows(names)
-        threshold = np.repeat(self._half_way(self._evidence(rows)), counts, axis=0)
-        agreed = agreement[order].astype(np.float64)
-        confidence = confidences[order].astype(np.float64)
-        confident = confidence >= threshold
-        right = confidence * agreed
-        positions = np.empty((len(order), self._NUM_SUMS, len(self.layers)))
-        positions[:, self._SEEN] = 1
-        positions[:, self._AGREED] = agreed
-        positions[:, self._SURE_RIGHT] = right
-        positions[:, self._SURE_WRONG] = confidence - right
-        positions[:, self._CONFIDENT] = confident
-        positions[:, self._CONFIDENT_AGREED] = confident * agreed
-        sums = np.add.reduceat(positions, first)  # [names, _NUM_SUMS, E]
-        past = self._table.values[rows, 1:] * self.discount
-        self._table.values[rows, 1:] = past + sums.reshape(len(rows), -1)
-        self._table.values[rows, 0] = 0
+        rows = self._table.rows([request_ids[i] for i in chosen])
+        positions = np.ones((len(order), self._table.values.shape[1]))
+        positions[:, 1:] = acceptance[order]
+        sums = np.add.reduceat(positions, first)  # [requests, 1 + E]
+        self._table.values[rows] = self._table.values[rows] * self.discount + sums
         self._mean = self._mean * self._MEAN_DISCOUNT + sums.sum(axis=0)
+        for exit_, bins in enumerate(self.bins.values()):
+            bins.observe(confidences[:, exit_], agreement[:, exit_])
 
     def observe_time(self, step: StepTime, layer: int) -> None:
         """Learn what a step took whose drafts were made after `layer`."""
@@ -327,110 +302,38 @@ class ExitSelection:
         return drafting / seconds[0], seconds / seconds[0], self._drafting.fixed / seconds[0]
 
     def _prior(self) -> NDArray[np.float64]:
-        """`[_NUM_SUMS, E]` what is assumed of a request not seen before."""
-        return self._mean * (self._PRIOR_STRENGTH / self._mean[self._SEEN])
+        """`[1 + E]` what is assumed of a request not seen before."""
+        return self._mean * (self._PRIOR_STRENGTH / self._mean[0])
 
     def _evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """`[R, _NUM_SUMS, E]` sums of the requests in some rows, and the prior."""
-        own = self._table.values[rows, 1:]
-        return own.reshape(len(own), *self._mean.shape) + self._prior()
+        """`[R, 1 + E]` sums of the requests in some rows, and the prior."""
+        return self._table.values[rows] + self._prior()
 
-    def _half_way(self, evidence: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`[R, E]` thresholds from `[R, _NUM_SUMS, E]` sums."""
-        right, seen = evidence[:, self._AGREED], evidence[:, self._SEEN]
-        # Nothing agreed, or everything: the sum of its confidences is 0, too.
-        wrong = np.maximum(seen - right, 1e-9)
-        when_right = evidence[:, self._SURE_RIGHT] / np.maximum(right, 1e-9)
-        when_wrong = evidence[:, self._SURE_WRONG] / wrong
-        return (when_right + np.minimum(when_wrong, 1)) / 2
-
-    def _best_exit(self, values: NDArray[np.float64], margin: float) -> int:
-        best, current = int(values.argmax()), self._current
-        if current is not None and values[best] <= values[current] + margin:
+    def _best_exit(self, speeds: NDArray[np.float64]) -> int:
+        best, current = int(speeds.argmax()), self._current
+        if current is not None and speeds[best] <= speeds[current] * (1 + self._MARGIN):
             return current
         return best
 
-    def _with_probes(
-        self, rows: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        if lengths.all():
-            return lengths
-        idle = np.where(lengths == 0, self._table.values[rows, 0] + 1, 0)
-        probe = idle >= self._PROBE_EVERY
-        self._table.values[rows, 0] = np.where(probe, 0, idle)
-        return np.where(probe, 1, lengths)
 
-
-def expected(
-    accepted: NDArray[np.float64],
-    confident: NDArray[np.float64],
-    confident_accepted: NDArray[np.float64],
+def expected_speeds(
+    rates: NDArray[np.float64],
     draft: NDArray[np.float64],
     verify: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """What each further draft token is expected to add to a round; 0 stands for none at all.
-
-    The second axis of the results, of 2, is the rule: all tokens are drafted, or a draft ends
-    at a token that is not confident.
+    first: float = 0.0,
+) -> NDArray[np.float64]:
+    """`[E]` tokens per cost of each exit, at the best length that all requests draft alike.
 
     Args:
-        accepted: `[E, R]` a, chance that a draft token is accepted.
-        confident: `[E, R]` s, chance that it is confident.
-        confident_accepted: `[E, R]` m, chance of both.
+        rates: `[R, E]` chance that a draft token is accepted.
         draft: `[E]` cost of a draft step.
         verify: `[K+1]` cost of verifying so many draft tokens.
-
-    Returns:
-        `[K+1, 2, E, R]` tokens: without any draft, the target's own;
-        `[K+1, 2, E, R]` cost of verifying: without any draft, the plain step;
-        `[K+1, 2, E]` cost of drafting, when each step waits for the last of the R requests.
+        first: What a draft costs once.
     """
-    shape = (len(verify), 2, *accepted.shape)
-    tokens, drafted = np.empty(shape), np.empty(shape)
-    tokens[0], tokens[1:2] = 1, accepted  # chance that all up to it are drafted and accepted
-    drafted[:2], drafted[2:, 0] = 1, 1  # chance that it is drafted
-    goes_on = np.stack([accepted, confident_accepted])
-    for j in range(2, len(verify)):
-        np.multiply(tokens[j - 1], goes_on, out=tokens[j])
-        np.multiply(drafted[j - 1, 1], confident, out=drafted[j, 1])
-    drafting = np.empty(shape[:3])
-    drafting[0], drafting[1:] = 0, draft
-    drafting[1:, 1] *= 1 - (1 - drafted[1:, 1]).prod(axis=-1)  # unless no request gets there
-    increments = np.append(verify[:1], verify[1:] - verify[:-1])
-    drafted *= increments[:, None, None, None]
-    return tokens, drafted, drafting
-
-
-def step_values(
-    tokens: NDArray[np.float64], verifying: NDArray[np.float64], drafting: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """How much better than its time is worth a step is, for each way to draft in it.
-
-    Dinkelbach's method for the largest ratio of tokens to cost, one iteration of it: the speed
-    is the best that one length for all requests can reach, and at that price of time each
-    request takes its own best length, none longer than the longest that is drafted.
-
-    Args:
-        tokens: `[K+1, 2, E, R]` as `expected` returns it, like the other two.
-        verifying: `[K+1, 2, E, R]`.
-        drafting: `[K+1, 2, E]`.
-
-    Returns:
-        `[K+1, 2, E, R]` tokens of each request, less its verification at that price;
-        `[K+1, 2, E]` the sum of the best of those up to each length, less the drafting;
-        the speed: tokens per cost, 1 or more.
-    """
-    waiting = drafting.cumsum(axis=0) * tokens.shape[-1]
-    cost = verifying.sum(axis=-1).cumsum(axis=0) + waiting
-    speed = float((tokens.sum(axis=-1).cumsum(axis=0) / cost).max())
-    gains = tokens - speed * verifying
-    # Length by length: numpy's own accumulation is several times slower along the first axis.
-    for j in range(1, len(gains)):
-        gains[j] += gains[j - 1]
-    best = gains.copy()
-    for j in range(1, len(best)):
-        np.maximum(best[j], best[j - 1], out=best[j])
-    return gains, best.sum(axis=-1) - speed * waiting, speed
+    lengths = np.arange(len(verify))
+    tokens = (rates[:, :, None] ** lengths).sum(axis=0).cumsum(axis=1)  # [E, K+1]
+    cost = verify + lengths * draft[:, None] + first * (lengths > 0)
+    return (tokens / cost).max(axis=1) / len(rates)
 
 
 class ExitController(LengthController):
@@ -438,12 +341,12 @@ class ExitController(LengthController):
 
     The proposer hands it what there is to choose from with `set_exits` in its first `propose`,
     drafts after `layer`, and reports verified positions to `selection.observe` from `follow`,
-    in one of `sample_every` steps.
+    of the steps for which `selection.is_sampled(sample_every)`.
     """
 
     needs: ClassVar[Signals] = Signals.CONFIDENCES | Signals.EXITS
 
-    #: Shadow tokens are computed in one of so many steps.
+    #: After the first few, shadow tokens are computed in one of so many steps.
     sample_every: int = 1
     #: The layer to draft after in this round; known once there are exits.
     layer: int

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from .batch_lengths import batch_lengths
+from .batch_lengths import batch_lengths, goes_on
 from .beta_draws import beta_draws
 from .confidence_bins import ConfidenceBins
 from .errors import ConfigError
@@ -153,9 +153,7 @@ class Thompson(SpeedupController):
         survival = survival * theta
         self._table.values[rows, self._SURVIVAL] = survival
         gains = survival * rate - needed - self._verifying[step + 1]
-        # One more draft step, for all of those it is worth its verification to.
-        goes_on = (gains >= 0) & (gains.clip(min=0).sum() >= self._drafting)
-        return ~goes_on
+        return ~goes_on(gains, self._drafting)
 
     def observe(
         self,

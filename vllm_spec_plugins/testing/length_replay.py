@@ -40,14 +40,16 @@ class DraftTraces:
         accepted: `[P, N, E]` of a draft of K tokens that starts there, accepted.
         confidences: `[P, N, E, K-1]` probability of each of its tokens under the draft, but the
             last: nobody asks for that.
-        agreement: `[P, N, E]` chance that a draft of the text's token there is accepted
+        acceptance: `[P, N, E]` chance that a draft of the text's token there is accepted
             (`ExitSelection.observe`).
+        agreement: `[P, N, E]` the same chance of one such draft.
         shadow_confidences: `[P, N, E]` probability of that draft.
     """
 
     exits: NDArray[np.int64]
     accepted: NDArray[np.uint8]
     confidences: NDArray[np.float16]
+    acceptance: NDArray[np.float16]
     agreement: NDArray[np.float16]
     shadow_confidences: NDArray[np.float16]
 
@@ -336,7 +338,6 @@ class ControllerPolicy:
     ) -> None:
         self._controller, self._traces, self._exit = controller, traces, exit_
         self._exits = traces.exits.tolist()
-        self._steps = 0
         controller.set_pass_times(times.pass_tokens, times.pass_seconds)
         if isinstance(controller, ExitController):
             most = controller.context.facts.num_speculative_tokens
@@ -375,14 +376,14 @@ class ControllerPolicy:
             control.observe([ids[i] for i in had.tolist()], drafted[had], accepted[had])
         if not isinstance(control, ExitController) or control.selection is None:
             return
-        self._steps += 1
-        if self._steps % control.sample_every == 0:
+        if control.selection.is_sampled(control.sample_every):
             of_request = np.repeat(np.arange(len(ids)), accepted + 1)
             offset = np.concatenate([np.arange(count + 1) for count in accepted.tolist()])
             where = round_.texts[of_request], round_.places[of_request] + 1 + offset
             control.selection.observe(
                 ids,
                 of_request,
+                self._traces.acceptance[where].astype(np.float32),
                 self._traces.agreement[where].astype(np.float32),
                 self._traces.shadow_confidences[where].astype(np.float32),
             )
