@@ -286,7 +286,10 @@ class EarlyExit(Proposer):
         assert self._selection is not None
         if not self._selection.is_sampled(every):
             return
-        seen = shadow_tokens(self._target, states, list(self._passes), self._draws)
+        allowed = None
+        if self._draft_head is not None:
+            allowed = self._draft_head.can_draft(states.request_ids)
+        seen = shadow_tokens(self._target, states, list(self._passes), self._draws, allowed)
         if seen is not None:
             self._selection.observe(
                 states.request_ids,

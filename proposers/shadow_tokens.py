@@ -20,6 +20,7 @@ from vllm_spec_plugins.target_model import LayerState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from vllm_spec_plugins.proposer import StepStates
     from vllm_spec_plugins.target_model import TargetModel
@@ -43,7 +44,11 @@ class ShadowTokens:
 
 
 def shadow_tokens(
-    target: TargetModel, states: StepStates, exits: Sequence[int], draws: bool
+    target: TargetModel,
+    states: StepStates,
+    exits: Sequence[int],
+    draws: bool,
+    allowed: Tensor | None = None,
 ) -> ShadowTokens | None:
     """Draft at every verified position of a step after each exit, and judge it by the target.
 
@@ -55,6 +60,7 @@ def shadow_tokens(
         states: With `layer_states` after each exit and after all layers.
         exits: `[E]` numbers of layers.
         draws: Whether requests with a temperature draw their drafts or take the most likely.
+        allowed: `[R, V]` bool, the tokens each request can be drafted; None = all.
 
     Returns:
         None when no request emitted a token.
@@ -79,6 +85,10 @@ def shadow_tokens(
     scale = torch.where(sampled, temperatures, torch.ones_like(temperatures)).unsqueeze(1)
     p = torch.softmax(own / scale, dim=-1)
     best = own.argmax(dim=-1)
+    drafts = logits[:-count]  # exit by exit
+    if allowed is not None:
+        ways = drafts.view(len(exits), count, -1)
+        ways.masked_fill_(~allowed[torch.from_numpy(of_request).to(device)], -torch.inf)
     how = None
     if draws:
         streams = torch.from_numpy(states.streams[of_request]).to(device)
@@ -86,7 +96,7 @@ def shadow_tokens(
         of_all = np.tile(states.temperatures[of_request], len(exits))
         how = Draws.of(of_all, random.repeat(len(exits)).unsqueeze(1))
 
-    drawn = draw(logits[:-count], how, 0, wants_confidences=True)  # exit by exit
+    drawn = draw(drafts, how, 0, wants_confidences=True)
     assert drawn.confidences is not None
     x = drawn.columns.view(len(exits), count).t()  # [N, E]
     q = drawn.confidences.view(len(exits), count).t()

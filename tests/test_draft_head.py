@@ -270,6 +270,28 @@ def test_lists_and_dynamic_tokens_together(two_lists: str) -> None:
     assert_are_the_heads_own(head, hidden, logits, vocabulary)
 
 
+@pytest.mark.parametrize("dynamic_tokens", [0, 3])
+@pytest.mark.parametrize("lists", ["one_list", "two_lists"])
+def test_what_a_request_can_be_drafted(
+    request: pytest.FixtureRequest, lists: str, dynamic_tokens: int
+) -> None:
+    draft = draft_head(TorchHead(), request.getfixturevalue(lists), dynamic_tokens=dynamic_tokens)
+    begin(draft, a=[31, 32, 33, 3, 50], b=[4, 5, 31])
+    _, vocabulary = draft.logits(hidden_states(2), np.array([0, 1]))
+    vocabulary = vocabulary.expand(2, -1)
+
+    def allowed(*names: str) -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for row in draft.can_draft(names)]
+
+    assert allowed("b", "a") == [columns(vocabulary, 1), columns(vocabulary, 0)]
+    # Of a request not drafted for yet, and of one that is gone: what is in any list.
+    draft.finish(["a"])
+    ranked = (
+        {0, 1, 10, 20, 30, 40} if lists == "one_list" else {0, 1, *range(2, 12), *range(30, 36)}
+    )
+    assert allowed("a", "new", "b") == [sorted(ranked)] * 2 + [columns(vocabulary, 1)]
+
+
 # --- what becomes of the logits --------------------------------------------------------------
 
 

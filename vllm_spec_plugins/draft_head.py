@@ -57,11 +57,13 @@ class DraftHead:
         self._padded = torch.nn.utils.rnn.pad_sequence(
             self._token_ids, batch_first=True, padding_value=-1
         )
-        self._choice = _ListChoice(lists, head.vocab_size) if len(lists) > 1 else None
+        member = _membership(lists, head.vocab_size)
+        self._member = torch.from_numpy(member).to(device)
+        self._choice = _ListChoice(member) if len(lists) > 1 else None
         self._dynamic = (
             DynamicTokens(
                 head,
-                _membership(lists, head.vocab_size),
+                member,
                 options.dynamic_tokens,
                 device,
                 max_num_requests,
@@ -170,6 +172,23 @@ class DraftHead:
             logits[members, : part.shape[1]] = part
         return logits
 
+    def can_draft(self, request_ids: Sequence[str]) -> Tensor:
+        """`[R, V]` bool: the tokens each request's last round was drafted from.
+
+        Of a request that had none yet: the tokens of all lists.
+        """
+        allowed = self._member.any(dim=0).repeat(len(request_ids), 1)
+        if self._choice is not None:
+            for row, number in enumerate(self._choice.last(request_ids)):
+                if number is not None:
+                    allowed[row] = self._member[number]
+        if self._dynamic is not None:
+            ids = self._dynamic.last(request_ids)
+            # Where there is none, a token that is in anyway.
+            spare = allowed.int().argmax(dim=1, keepdim=True)
+            allowed.scatter_(1, torch.where(ids >= 0, ids, spare), value=True)
+        return allowed
+
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests; what is not known is no error."""
         if self._choice is not None:
@@ -181,8 +200,8 @@ class DraftHead:
 class _ListChoice:
     """Which list each request is drafted for from: the one that has most of its prompt's tokens."""
 
-    def __init__(self, lists: Sequence[NDArray[np.int64]], vocab_size: int) -> None:
-        self._member = _membership(lists, vocab_size)
+    def __init__(self, member: NDArray[np.bool_]) -> None:
+        self._member = member
         self._chosen: dict[str, int] = {}
         #: `[R]` list of each of the round's requests.
         self.round = np.zeros(0, np.int64)
@@ -203,6 +222,10 @@ class _ListChoice:
         self.round = np.fromiter(
             (self._chosen[request_id] for request_id in request_ids), np.int64, len(request_ids)
         )
+
+    def last(self, request_ids: Sequence[str]) -> list[int | None]:
+        """`[R]` list of each request; None for one not seen yet."""
+        return [self._chosen.get(request_id) for request_id in request_ids]
 
     def finish(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

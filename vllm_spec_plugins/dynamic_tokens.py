@@ -131,6 +131,13 @@ class DynamicTokens:
         logits = self._head.row_logits(hidden, rows.weight, rows.bias)
         return logits.masked_fill(rows.unused, -torch.inf), rows.token_ids
 
+    def last(self, request_ids: Sequence[str]) -> Tensor:
+        """`[R, D]` int64 tokens of each request's last round, -1 where there are fewer."""
+        places = [self._places.get(request_id) for request_id in request_ids]
+        known = torch.tensor([place is not None for place in places], device=self._device)
+        ids = self._ids[torch.tensor([place or 0 for place in places], device=self._device)]
+        return ids.masked_fill(~known.unsqueeze(1), -1)
+
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests; what is not known is no error."""
         gone = [self._places.pop(r) for r in request_ids if r in self._places]
