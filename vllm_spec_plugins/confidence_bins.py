@@ -27,6 +27,8 @@ class ConfidenceBins:
         self._discount = discount
         self._seen = np.zeros(self._BINS)
         self._accepted = np.zeros(self._BINS)
+        #: `[_BINS]` what `odds_ratio` returns; None after something was observed.
+        self._odds_ratios: NDArray[np.float64] | None = None
 
     def acceptance(
         self, confidences: NDArray[np.floating], fallback: NDArray[np.float64]
@@ -47,9 +49,12 @@ class ConfidenceBins:
         1 where little was seen. Beside a chance known from elsewhere, like the acceptance rate of a
         request, this is what a token's confidence adds: its odds are multiplied.
         """
-        seen, accepted = self._seen.sum(), self._accepted.sum()
-        mean = np.full(len(confidences), (accepted + 1) / (seen + 2))
-        return _odds(self.acceptance(confidences, mean)) / _odds(mean)
+        if self._odds_ratios is None:
+            mean = (self._accepted.sum() + 1) / (self._seen.sum() + 2)
+            prior = self._prior_strength
+            accepted = (self._accepted + prior * mean) / (self._seen + prior)
+            self._odds_ratios = odds(accepted) / odds(mean)
+        return self._odds_ratios[self._bins(confidences)]
 
     def observe(
         self, confidences: NDArray[np.floating], accepted: NDArray[np.bool_] | NDArray[np.floating]
@@ -61,6 +66,7 @@ class ConfidenceBins:
             accepted: `[M]` whether each was, or the chance that it was.
         """
         bins = self._bins(confidences)
+        self._odds_ratios = None
         self._seen *= self._discount
         self._accepted *= self._discount
         self._seen += np.bincount(bins, minlength=self._BINS)
@@ -70,14 +76,7 @@ class ConfidenceBins:
         return np.minimum((confidences * self._BINS).astype(np.int64), self._BINS - 1)
 
 
-def multiplied_odds(
-    chance: NDArray[np.float64], factor: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """The chance whose odds are `factor` times those of `chance`, which is not quite 0 or 1."""
-    odds = _odds(chance) * factor
-    return odds / (1 + odds)
-
-
-def _odds(chance: NDArray[np.float64]) -> NDArray[np.float64]:
-    chance = chance.clip(0.01, 0.99)
+def odds(chance: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """chance / (1 - chance); one below a hundredth, or that near to 1, counts as that."""
+    chance = np.clip(chance, 0.01, 0.99)
     return chance / (1 - chance)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from .batch_lengths import goes_on
-from .confidence_bins import multiplied_odds
+from .confidence_bins import odds
 from .exit_selection import ExitController
 from .length_control import LengthControlOptions
 from .plain_steps import PlainSteps
@@ -61,13 +61,14 @@ class DynamicExit(ExitController):
     Options = DynamicExitOptions
     options: DynamicExitOptions
 
-    #: Columns: chance that a token of the request is accepted; chance that all of the round are.
-    _RATE, _SURVIVAL = range(2)
+    #: Columns: chance that a token of the request is accepted; its odds; chance that all of the
+    #: round are.
+    _RATE, _ODDS, _SURVIVAL = range(3)
 
     def __init__(self, options: DynamicExitOptions, context: EngineContext) -> None:
         super().__init__(options, context)
         self.sample_every = options.sample_every
-        self._table = RequestTable([0.0, 1.0], context.max_num_requests)
+        self._table = RequestTable([0.0, 0.0, 1.0], context.max_num_requests)
         self._most = context.facts.num_speculative_tokens
         self._plain_steps = PlainSteps()
         #: Of this round: tokens that verifying one more must yield, `[K]` and a 0, and that
@@ -93,6 +94,7 @@ class DynamicExit(ExitController):
             return choice.lengths
         rows = self._table.rows(request_ids)  # may make room
         self._table.values[rows, self._RATE] = choice.acceptance
+        self._table.values[rows, self._ODDS] = odds(choice.acceptance)
         self._table.values[rows, self._SURVIVAL] = 1
         self._verifying[: self._most] = choice.speed_up * np.diff(choice.costs.verify)
         self._drafting = choice.speed_up * choice.costs.each * len(rows)
@@ -109,9 +111,9 @@ class DynamicExit(ExitController):
         if self.selection is None or not self.options.calibrated:
             return np.zeros(len(confidences), dtype=np.bool_)
         rows = self._table.rows(requests.request_ids)
-        rate, survival = self._table.values[rows].T
-        told = self.selection.bins[self.layer].odds_ratio(confidences)
-        survival = survival * multiplied_odds(rate, told)
+        rate, its_odds, survival = self._table.values[rows].T
+        its_odds = its_odds * self.selection.bins[self.layer].odds_ratio(confidences)
+        survival = survival * (its_odds / (1 + its_odds))
         self._table.values[rows, self._SURVIVAL] = survival
         return ~goes_on(survival * rate - self._verifying[step + 1], self._drafting)
 

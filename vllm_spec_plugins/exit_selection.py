@@ -170,6 +170,8 @@ class ExitSelection:
         self._verification = CostLine(steepest=STEEPEST_VERIFICATION)
         self._drafting = CostLine()
         self._most = most
+        #: `_told`, by number of requests.
+        self._known: dict[int, tuple[NDArray[np.float64], NDArray[np.float64], float | None]] = {}
         self._steps = self._observations = 0
         #: The exit of the last round, as an index.
         self._current: int | None = None
@@ -271,10 +273,9 @@ class ExitSelection:
 
     def observe_time(self, step: StepTime, layer: int) -> None:
         """Learn what a step took whose drafts were made after `layer`."""
-        plain = self._costs.plain_at(step.num_requests)
+        draft, verify, plain = self._told(step.num_requests)
         if plain is None:
             return
-        draft, verify = self._costs.at(step.num_requests)
         num_draft = step.num_tokens / step.num_requests - 1  # of each request, on average
         of_draft = float(np.interp(num_draft, np.arange(len(verify)), verify))
         self._verification.observe(plain * of_draft, step.seconds)
@@ -286,6 +287,15 @@ class ExitSelection:
         """Forget requests that are gone."""
         self._table.forget(request_ids)
 
+    def _told(
+        self, num_requests: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], float | None]:
+        """`[E]` draft and `[K+1]` verification costs, seconds of a plain step: before serving."""
+        if num_requests not in self._known:
+            costs = self._costs
+            self._known[num_requests] = (*costs.at(num_requests), costs.plain_at(num_requests))
+        return self._known[num_requests]
+
     def _costs_at(
         self, num_requests: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
@@ -293,8 +303,7 @@ class ExitSelection:
 
         In plain steps of so many requests, as the engine takes them.
         """
-        draft, verify = self._costs.at(num_requests)
-        plain = self._costs.plain_at(num_requests)
+        draft, verify, plain = self._told(num_requests)
         if plain is None or not (self._verification.is_known and self._drafting.is_known):
             return draft, verify, 0.0
         seconds = self._verification.at(plain * verify)
