@@ -175,6 +175,8 @@ class ExitSelection:
         self._steps = self._observations = 0
         #: The exit of the last round, as an index.
         self._current: int | None = None
+        #: What `choose` was asked with last, and its answer.
+        self._last: tuple[tuple[int | str, ...], ExitChoice] | None = None
         #: Positions seen, and of those the chances to be accepted after each exit, `[1 + E]`.
         self._table = RequestTable([0.0] * (1 + exits), max_num_requests)
         half = self._INITIAL_POSITIONS / 2
@@ -199,12 +201,19 @@ class ExitSelection:
         """The exit and the lengths with the most expected tokens per cost.
 
         The exit is the one that is best when all requests draft equally long, but the last
-        round's until another is better by a margin. Lengths are each request's own.
+        round's until another is better by a margin. Lengths are each request's own. The same
+        requests get the same choice until something is observed.
 
         Args:
             request_ids: `[R]` the batch. None of them: the layer for a request of which nothing
                 is known but the mean of all.
         """
+        asked = (self._observations, *request_ids)
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, self._choose(request_ids)
+        return self._last[1]
+
+    def _choose(self, request_ids: Sequence[str]) -> ExitChoice:
         rows = self._table.rows(request_ids)
         evidence = self._evidence(rows) if len(rows) else self._prior()[None]
         rates = evidence[:, 1:] / evidence[:, :1]
