@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_spec_plugins.confidence_bins import ConfidenceBins
 from vllm_spec_plugins.errors import ConfigError
 from vllm_spec_plugins.length_control import RequestKeys, expected_speedups
 from vllm_spec_plugins.registry import Kind, installed
@@ -286,15 +285,3 @@ def test_tensor_parallel_needs_a_cost_ratio() -> None:
 def test_no_option_is_ignored() -> None:
     with pytest.raises(ConfigError, match="calibrated is false"):
         thompson(calibrated=False, confidence_strength=4.0)
-
-
-def test_bins_learn_what_confidences_are_worth() -> None:
-    generator = np.random.default_rng(0)
-    bins = ConfidenceBins(prior_strength=4.0)
-    asked, fallback = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.4, 0.6])
-    assert bins.acceptance(asked, fallback) == pytest.approx(fallback)
-    for _ in range(2000):
-        confidences = generator.random(16)
-        bins.observe(confidences, generator.random(16) < confidences**2)
-    assert bins.acceptance(asked, fallback) == pytest.approx(asked**2, abs=0.06)
-    assert bins.acceptance(np.array([1.0]), fallback[:1])[0] > 0.85

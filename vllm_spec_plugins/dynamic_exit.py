@@ -44,15 +44,16 @@ class DynamicExitOptions(LengthControlOptions):
 
 
 class DynamicExit(ExitController):
-    """Drafts after the exit, and up to the length, that promise the most tokens per cost.
+    """Drafts after the exit that promises the most tokens per cost, as long as that pays.
 
-    Both are chosen before drafting, from verified positions of past steps. DEL ends a draft
-    sooner at a token less confident than half-way between tokens that agreed and tokens that did
-    not. Here a token's confidence multiplies the odds of its request's rate, by as much as past
-    tokens of such confidence after this exit were accepted more often than others. A draft goes
-    on while one more token is worth its time at the speed expected, even beyond the length
-    chosen. The last token is kept: it is verified like any other, so stopping depends on drafted
-    tokens and past verdicts only.
+    Exit and length are chosen before drafting, from verified positions of past steps. DEL ends a
+    draft sooner at a token less confident than half-way between tokens that agreed and tokens
+    that did not. Here a token's confidence multiplies the odds of its request's rate, by as much
+    as past tokens of such confidence after this exit were accepted more often than others. A
+    draft goes on while one more token is worth its time at the speed of the choice: it ends at
+    the length chosen where confidences are as usual, sooner after doubts, later without. The last
+    token is kept: it is verified like any other, so stopping depends on drafted tokens and past
+    verdicts only.
 
     The exit depends on the whole batch. A seeded request's text therefore follows the target's
     law in any company, but is not the same text in all.
