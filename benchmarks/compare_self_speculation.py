@@ -3,8 +3,11 @@
 Turns of all repeats are pooled: tokens over seconds, divided by those of plain decoding before and
 after them. Intervals hold 95 % of 2,000 resamples of the turns (bootstrap), the same turns of every
 method: other prompts, and another minute of the machine, would have given something in between.
+Methods whose engines took turns side by side (`--together`) can be compared directly, without the
+disturbances of plain decoding.
 
     python benchmarks/compare_self_speculation.py --run "expanded, short turns"
+    python benchmarks/compare_self_speculation.py --run "expanded, side by side" --directly
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ def turns_of(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
     return np.array(table)
 
 
-def speed_ups(turns: NDArray[np.float64], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`[S]` speed over plain decoding of `[S, turns]` chosen turns."""
+def speeds(
+    turns: NDArray[np.float64], chosen: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`[S]` tokens per second of `[S, turns]` chosen turns, and of plain decoding beside them."""
     tokens, seconds, plain_tokens, plain_seconds = turns[chosen].sum(axis=1).T
-    return tokens / seconds / (plain_tokens / plain_seconds)
+    return tokens / seconds, plain_tokens / plain_seconds
 
 
 def resamples(count: int) -> NDArray[np.int64]:
@@ -49,7 +54,7 @@ def shown(values: NDArray[np.float64]) -> str:
     return f"{values[0]:.2f} ({low:.2f}-{high:.2f})"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def table(rows: Sequence[dict[str, Any]], directly: bool) -> list[str]:
     """Lines of Markdown for one temperature and batch size, the fastest first.
 
     The best fixed length is that of the highest speed among all exits without more (no adapter,
@@ -58,10 +63,12 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     methods: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
-    found = {}
+    found, compared = {}, {}
     for method, own in methods.items():
         turns = turns_of(own)
-        found[method] = speed_ups(turns, resamples(len(turns)))
+        speed, plain = speeds(turns, resamples(len(turns)))
+        found[method] = speed / plain
+        compared[method] = speed if directly else speed / plain
     counts = {method: sum(len(row["turns"]) for row in own) for method, own in methods.items()}
     fixed = [
         method
@@ -84,12 +91,12 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{np.mean([row[name] for row in drafted]):.2f}" if drafted else "-"
             for name in ("acceptance_length", "drafted_per_draft")
         )
-        compared = ""
+        over_best = ""
         if best is not None and method != best and counts[method] == counts[best]:
-            compared = shown(found[method] / found[best])
+            over_best = shown(compared[method] / compared[best])
         tokens = sum(tokens for row in own for tokens, _ in row["turns"])
         lines.append(
-            f"| {method} | {shown(found[method])} | {compared} "
+            f"| {method} | {shown(found[method])} | {over_best} "
             f"| {length} | {of_draft} | {tokens:,} |"
         )
     return lines
@@ -99,6 +106,9 @@ def main(
     run: Annotated[str, typer.Option(help="name of the run")],
     model: Annotated[str, typer.Option(help="of the zoo")] = "expanded",
     rows: Annotated[Path, typer.Option(help="the rows")] = RESULTS,
+    directly: Annotated[
+        bool, typer.Option("--directly", help="compare methods by tokens per second alone")
+    ] = False,
 ) -> None:
     """Print a table for each temperature and batch size."""
     ours = [r for r in read(rows) if (r["run"], r["model"]) == (run, model) and "turns" in r]
@@ -109,7 +119,7 @@ def main(
         share = np.mean([r["distinct_8gram_share"] for r in here])
         print(f"\n{model}, temperature {-temperature:g}, batch {batch}")
         print(f"({share:.2f} of 8-grams are distinct)\n")
-        print("\n".join(table(here)))
+        print("\n".join(table(here, directly)))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,16 @@ def turn(tokens: int, seconds: float, of_plain: float) -> tuple[list[float], lis
     return [tokens, seconds], [[10, of_plain], [10, of_plain]]
 
 
+def comparison(folder: Path, rows: list[dict[str, Any]], *options: str) -> str:
+    """What is said of the run `a`."""
+    rows_file = folder / "rows.jsonl"
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run(
+        "compare_self_speculation.py", "--run", "a", "--model", "nano", "--rows", str(rows_file),
+        *options, environment=dict(os.environ),
+    )  # fmt: skip
+
+
 def test_methods_are_compared_by_their_pooled_turns(tmp_path: Path) -> None:
     def row(
         method: str, length: int | str, *turns: tuple[list[float], list[list[float]]]
@@ -107,12 +117,7 @@ def test_methods_are_compared_by_their_pooled_turns(tmp_path: Path) -> None:
         row("early_exit 2 thompson", "thompson", turn(57, 1, 1), turn(30, 1, 2)),
         {**row("of another run", 3, turn(90, 1, 1)), "run": "b"},
     ]
-    rows_file = tmp_path / "rows.jsonl"
-    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = run(
-        "compare_self_speculation.py", "--run", "a", "--model", "nano", "--rows", str(rows_file),
-        environment=dict(os.environ),
-    )  # fmt: skip
+    said = comparison(tmp_path, rows)
     lines = {line.split(" | ")[0]: line for line in said.splitlines()}
     assert "over early_exit 2 K=3" in lines["| method"]
     assert " | 6.75 (" in lines["| early_exit 2 K=3"]
@@ -120,3 +125,7 @@ def test_methods_are_compared_by_their_pooled_turns(tmp_path: Path) -> None:
     assert " | 0.67 (0.67-0.67) | " in lines["| early_exit 2 K=2"]
     assert " | 0.97 (0.95-1.00) | " in lines["| early_exit 2 thompson"]
     assert "another run" not in said
+    # Side by side, what disturbed plain decoding alone need not count.
+    rows[2] = row("early_exit 2 thompson", "thompson", turn(57, 1, 2), turn(30, 1, 4))
+    assert " | 1.93 (1.90-2.00) | " in comparison(tmp_path, rows)
+    assert " | 0.97 (0.95-1.00) | " in comparison(tmp_path, rows, "--directly")
