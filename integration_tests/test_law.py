@@ -95,6 +95,12 @@ MORE_CONFIGURATIONS = {
         "exit_layers": [1, 2, 3],
         "exit_confidence": 0.5,
     },
+    "early_exit, del, ranked and dynamic": {
+        **EARLY_EXIT,
+        "exit_layer": "auto",
+        "length_control": "del",
+        "draft_vocabulary": {**RANKED, "dynamic_tokens": 2},
+    },
     "early_exit, token": EARLY_EXIT,
     "third party, compact, block": {**THIRD_PARTY, "vocabulary": "compact", "verifier": BLOCK},
     "ngram_adaptive, block": {**NGRAM_ADAPTIVE, "verifier": BLOCK},
