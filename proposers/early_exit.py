@@ -284,7 +284,7 @@ class EarlyExit(Proposer):
         if self._controller is not None:
             every = self._controller.sample_every
         assert self._selection is not None
-        if not self._selection.is_sampled(every):
+        if not (any(states.emitted) and self._selection.is_sampled(every)):
             return
         allowed = None
         if self._draft_head is not None:

@@ -90,6 +90,7 @@ def shadow_tokens(
         ways = drafts.view(len(exits), count, -1)
         ways.masked_fill_(~allowed[torch.from_numpy(of_request).to(device)], -torch.inf)
     how = None
+    draws = draws and bool((states.temperatures[of_request] > 0).any())
     if draws:
         streams = torch.from_numpy(states.streams[of_request]).to(device)
         random = uniforms(streams, states.positions[rows] + 1, 0, Purpose.LENGTH)
@@ -106,7 +107,8 @@ def shadow_tokens(
     overlap = accepted
     if drawn.probabilities is not None:
         laws = drawn.probabilities.view(len(exits), count, -1)
-        overlap = torch.minimum(laws, p).sum(dim=-1).t()
+        # Exit by exit: with all at once, another table of all laws.
+        overlap = torch.stack([torch.minimum(law, p).sum(dim=-1) for law in laws], dim=1)
     sampled, same = sampled.unsqueeze(1), (x == best.unsqueeze(1)).float()
     told = [torch.where(sampled, chance, same) for chance in (overlap, accepted)]
     return ShadowTokens(of_request, *torch.stack([*told, q]).cpu().numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -54,12 +55,13 @@ class World:
     Attributes:
         rates: `[R, E]` chance that the draft of an exit agrees at a position.
         costs: Of drafting and verifying.
-        informative: Whether an exit is more confident where it agrees.
+        informative: Whether an exit is more confident where it agrees, or, "by request", for
+            requests of which it knows more.
     """
 
     rates: NDArray[np.float64]
     costs: ExitCosts
-    informative: bool = True
+    informative: bool | Literal["by request"] = True
     generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def positions(self, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -69,6 +71,8 @@ class World:
         hardness = self.generator.random(size)
         agreement = (hardness < self.rates[:, None]).astype(np.float64)
         noise = self.generator.random((*size[:2], len(LAYERS)))
+        if self.informative == "by request":
+            return agreement, np.clip(self.rates[:, None] + 0.1 * (noise - 0.5), 0, 1)
         if self.informative:
             return agreement, np.where(agreement > 0, 1 - noise**2 * 0.8, noise * 0.8)
         return agreement, noise
@@ -184,6 +188,19 @@ def test_matches_the_best_fixed_choice(
 def test_confidence_that_tells_nothing_costs_nothing(exit_costs: ExitCosts) -> None:
     world = World(np.tile(FLAT, (1, 1)), exit_costs, informative=False)
     assert world.serve(controller(exit_costs), 1600).share(first=100) >= 0.97
+
+
+@pytest.mark.parametrize("num_requests", [2, 8])
+def test_what_requests_are_known_for_is_not_told_twice(num_requests: int) -> None:
+    """Their confidences tell easy requests from hard ones, and no more than their rates do."""
+    rates = np.array([(0.85, 0.88, 0.9, 0.92), (0.5, 0.55, 0.6, 0.62)] * (num_requests // 2))
+    shares = [
+        World(rates, costs(0.1, 0.5), "by request", np.random.default_rng(seed))
+        .serve(controller(costs(0.1, 0.5)), 2400 // num_requests)
+        .share(first=100)
+        for seed in range(2)
+    ]
+    assert np.mean(shares) >= 1
 
 
 def test_confidence_gains_where_it_tells() -> None:

@@ -294,14 +294,13 @@ def test_each_exits_confidences_are_learned() -> None:
     confidences = np.array([[0.9, 0.6, 0.8], [0.7, 0.2, 0.4]])
     for _ in range(3000):
         learner.observe(["a"], np.zeros(2, dtype=int), agreement, agreement, confidences)
-    half, unseen = np.full(1, 0.5), np.full(1, 0.99)
-    for exit_, layer in enumerate(LAYERS):
-        bins = learner.bins[layer]
-        for position in range(2):
-            confidence = confidences[position, [exit_]]
-            chance = agreement[position, exit_]
-            assert bins.acceptance(confidence, half) == pytest.approx(chance, abs=0.01)
-        assert bins.acceptance(unseen, half) == 0.5
+    first, second, third = (
+        learner.odds_ratio(layer, confidences[:, exit_]) for exit_, layer in enumerate(LAYERS)
+    )
+    assert first == pytest.approx([1, 1], abs=0.05)  # both always agree, as the rate says
+    assert second[0] > 20  # certain, where half agree
+    assert second[1] < 0.05
+    assert third == pytest.approx([1, 1], abs=0.05)
 
 
 def test_first_steps_are_all_observed() -> None:
@@ -335,6 +334,31 @@ def test_old_evidence_fades() -> None:
         teach(learner, {"a": (0.1, 0.1, 0.1)}, rounds=20)
     assert (quick.rates(["a"]) < 0.55).all()
     assert (slow.rates(["a"]) > 0.65).all()
+
+
+def test_a_choice_stands_until_something_is_learned() -> None:
+    timed = ExitCosts(
+        np.ones(1, dtype=np.int64),
+        np.array([[0.02, 0.04, 0.08]]),
+        np.ones((1, MOST + 1)),
+        np.array([0.010]),
+    )
+    learner = selection(timed)
+    teach(learner, {"a": (0.6, 0.6, 0.6)})
+    choice = learner.choose(["a"])
+    assert learner.choose(["a"]) is choice
+    assert learner.choose(["b"]) is not choice
+    choice = learner.choose(["a"])
+    teach(learner, {"c": (0.6, 0.6, 0.6)}, rounds=1)
+    assert learner.choose(["a"]) is not choice
+    # Drafting turns out to be slow.
+    for _ in range(200):
+        learner.observe_time(StepTime(1, 1 + MOST, MOST, 0.010, 0.120), 2)
+    assert learner.choose(["a"]).lengths[0] < choice.lengths[0]
+    # Another request of the same name.
+    choice = learner.choose(["a"])
+    learner.finish(["a"])
+    assert learner.choose(["a"]) is not choice
 
 
 def test_finish_forgets() -> None:

@@ -27,8 +27,6 @@ class ConfidenceBins:
         self._discount = discount
         self._seen = np.zeros(self._BINS)
         self._accepted = np.zeros(self._BINS)
-        #: `[_BINS]` what `odds_ratio` returns; None after something was observed.
-        self._odds_ratios: NDArray[np.float64] | None = None
 
     def acceptance(
         self, confidences: NDArray[np.floating], fallback: NDArray[np.float64]
@@ -43,40 +41,13 @@ class ConfidenceBins:
         accepted = self._accepted[bins] + self._prior_strength * fallback
         return accepted / (self._seen[bins] + self._prior_strength)
 
-    def odds_ratio(self, confidences: NDArray[np.floating]) -> NDArray[np.float64]:
-        """`[R]` odds that tokens of these confidences are accepted, over those of any token.
-
-        1 where little was seen. Beside a chance known from elsewhere, like the acceptance rate of a
-        request, this is what a token's confidence adds: its odds are multiplied.
-        """
-        if self._odds_ratios is None:
-            mean = (self._accepted.sum() + 1) / (self._seen.sum() + 2)
-            prior = self._prior_strength
-            accepted = (self._accepted + prior * mean) / (self._seen + prior)
-            self._odds_ratios = odds(accepted) / odds(mean)
-        return self._odds_ratios[self._bins(confidences)]
-
-    def observe(
-        self, confidences: NDArray[np.floating], accepted: NDArray[np.bool_] | NDArray[np.floating]
-    ) -> None:
-        """Learn from `[M]` tokens the target was asked about: all up to the first rejection.
-
-        Args:
-            confidences: `[M]` in [0, 1].
-            accepted: `[M]` whether each was, or the chance that it was.
-        """
+    def observe(self, confidences: NDArray[np.floating], accepted: NDArray[np.bool_]) -> None:
+        """Learn from `[M]` tokens the target was asked about: all up to the first rejection."""
         bins = self._bins(confidences)
-        self._odds_ratios = None
         self._seen *= self._discount
         self._accepted *= self._discount
         self._seen += np.bincount(bins, minlength=self._BINS)
-        self._accepted += np.bincount(bins, weights=accepted, minlength=self._BINS)
+        self._accepted += np.bincount(bins[accepted], minlength=self._BINS)
 
     def _bins(self, confidences: NDArray[np.floating]) -> NDArray[np.int64]:
         return np.minimum((confidences * self._BINS).astype(np.int64), self._BINS - 1)
-
-
-def odds(chance: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """chance / (1 - chance); one below a hundredth, or that near to 1, counts as that."""
-    chance = np.clip(chance, 0.01, 0.99)
-    return chance / (1 - chance)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from .batch_lengths import goes_on
-from .confidence_bins import odds
+from .confidence_odds import odds
 from .exit_selection import ExitController
 from .length_control import LengthControlOptions
 from .plain_steps import PlainSteps
@@ -38,7 +38,7 @@ class DynamicExitOptions(LengthControlOptions):
     )
     calibrated: bool = Field(
         True,
-        description="judge each draft token by how often tokens of its confidence were accepted; "
+        description="judge each draft token by its confidence, too; "
         "false = draft as many tokens as were chosen before",
     )
 
@@ -49,11 +49,11 @@ class DynamicExit(ExitController):
     Exit and length are chosen before drafting, from verified positions of past steps. DEL ends a
     draft sooner at a token less confident than half-way between tokens that agreed and tokens
     that did not. Here a token's confidence multiplies the odds of its request's rate, by as much
-    as past tokens of such confidence after this exit were accepted more often than others. A
-    draft goes on while one more token is worth its time at the speed of the choice: it ends at
-    the length chosen where confidences are as usual, sooner after doubts, later without. The last
-    token is kept: it is verified like any other, so stopping depends on drafted tokens and past
-    verdicts only.
+    as past tokens of such confidence after this exit were accepted more often than the rates of
+    their requests foretold (`ConfidenceOdds`). A draft goes on while one more token is worth its
+    time at the speed of the choice: it ends at the length chosen where confidences are as usual,
+    sooner after doubts, later without. The last token is kept: it is verified like any other, so
+    stopping depends on drafted tokens and past verdicts only.
 
     The exit depends on the whole batch. A seeded request's text therefore follows the target's
     law in any company, but is not the same text in all.
@@ -113,7 +113,7 @@ class DynamicExit(ExitController):
             return np.zeros(len(confidences), dtype=np.bool_)
         rows = self._table.rows(requests.request_ids)
         rate, its_odds, survival = self._table.values[rows].T
-        its_odds = its_odds * self.selection.bins[self.layer].odds_ratio(confidences)
+        its_odds = its_odds * self.selection.odds_ratio(self.layer, confidences)
         survival = survival * (its_odds / (1 + its_odds))
         self._table.values[rows, self._SURVIVAL] = survival
         return ~goes_on(survival * rate - self._verifying[step + 1], self._drafting)

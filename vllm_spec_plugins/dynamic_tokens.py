@@ -134,9 +134,10 @@ class DynamicTokens:
     def last(self, request_ids: Sequence[str]) -> Tensor:
         """`[R, D]` int64 tokens of each request's last round, -1 where there are fewer."""
         places = [self._places.get(request_id) for request_id in request_ids]
-        known = torch.tensor([place is not None for place in places], device=self._device)
-        ids = self._ids[torch.tensor([place or 0 for place in places], device=self._device)]
-        return ids.masked_fill(~known.unsqueeze(1), -1)
+        known = np.array([place is not None for place in places], dtype=np.bool_)
+        where = np.array([place or 0 for place in places], dtype=np.int64)
+        ids = self._ids[torch.from_numpy(where).to(self._device)]
+        return ids.masked_fill(torch.from_numpy(~known).to(self._device).unsqueeze(1), -1)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests; what is not known is no error."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batch_lengths import batch_lengths
-from .confidence_bins import ConfidenceBins
+from .confidence_odds import ConfidenceOdds
 from .length_control import LengthController, LengthControlOptions, Signals
 from .request_table import RequestTable
 from .step_cost import STEEPEST_VERIFICATION, CostLine, DraftCosts, StepTime
@@ -143,10 +143,10 @@ class ExitSelection:
     _MEAN_DISCOUNT = 0.98
     #: By how much, as a share of the speed, another exit must be better than the present one.
     _MARGIN = 0.01
-    #: Draft tokens' worth of evidence that a request's rate counts for in a bin of confidences.
-    _PRIOR_OF_BINS = 4.0
-    #: Observations from successive steps before only some steps are observed.
+    #: Steps that are all sampled, before only some are.
     _FIRST_STEPS = 16
+    #: Times of so many steps, or an observation, make a new choice.
+    _TIMES_OF_A_CHOICE = 8
 
     def __init__(
         self,
@@ -164,15 +164,14 @@ class ExitSelection:
             )
         self.layers = tuple(layers)
         self.discount = discount
-        #: For each exit, how often draft tokens of some confidence are accepted.
-        self.bins = {layer: ConfidenceBins(self._PRIOR_OF_BINS) for layer in layers}
+        self._confidence_odds = ConfidenceOdds(exits)
         self._costs = costs
         self._verification = CostLine(steepest=STEEPEST_VERIFICATION)
         self._drafting = CostLine()
         self._most = most
         #: `_told`, by number of requests.
         self._known: dict[int, tuple[NDArray[np.float64], NDArray[np.float64], float | None]] = {}
-        self._steps = self._observations = 0
+        self._steps = self._observations = self._times = 0
         #: The exit of the last round, as an index.
         self._current: int | None = None
         #: What `choose` was asked with last, and its answer.
@@ -202,13 +201,13 @@ class ExitSelection:
 
         The exit is the one that is best when all requests draft equally long, but the last
         round's until another is better by a margin. Lengths are each request's own. The same
-        requests get the same choice until something is observed.
+        requests get the same choice until something is observed, or a few steps were timed.
 
         Args:
             request_ids: `[R]` the batch. None of them: the layer for a request of which nothing
                 is known but the mean of all.
         """
-        asked = (self._observations, *request_ids)
+        asked = (self._observations, self._times // self._TIMES_OF_A_CHOICE, *request_ids)
         if self._last is None or self._last[0] != asked:
             self._last = asked, self._choose(request_ids)
         return self._last[1]
@@ -234,12 +233,19 @@ class ExitSelection:
         )
 
     def is_sampled(self, every: int) -> bool:
-        """Whether a step's positions are observed: of the first, all, then one of so many.
+        """Whether a step's positions are observed: of the first steps, then in one of so many.
 
-        Asked once for each step.
+        Asked once for each step that emits a token.
         """
         self._steps += 1
-        return self._observations < self._FIRST_STEPS or self._steps % every == 0
+        return self._steps <= self._FIRST_STEPS or self._steps % every == 0
+
+    def odds_ratio(self, layer: int, confidences: NDArray[np.floating]) -> NDArray[np.float64]:
+        """`[N]` factor on the odds of draft tokens of some confidence, made after `layer`.
+
+        On the odds of their requests' rates (`ConfidenceOdds`).
+        """
+        return self._confidence_odds.ratio(self.layers.index(layer), confidences)
 
     def observe(
         self,
@@ -268,6 +274,7 @@ class ExitSelection:
         if not len(of_request):
             return
         self._observations += 1
+        foretold = self.rates(request_ids)[of_request]
         order = np.argsort(of_request, kind="stable")
         present, first = np.unique(of_request[order], return_index=True)
         chosen: list[int] = present.tolist()
@@ -277,14 +284,14 @@ class ExitSelection:
         sums = np.add.reduceat(positions, first)  # [requests, 1 + E]
         self._table.values[rows] = self._table.values[rows] * self.discount + sums
         self._mean = self._mean * self._MEAN_DISCOUNT + sums.sum(axis=0)
-        for exit_, bins in enumerate(self.bins.values()):
-            bins.observe(confidences[:, exit_], agreement[:, exit_])
+        self._confidence_odds.observe(confidences, agreement, foretold)
 
     def observe_time(self, step: StepTime, layer: int) -> None:
         """Learn what a step took whose drafts were made after `layer`."""
         draft, verify, plain = self._told(step.num_requests)
         if plain is None:
             return
+        self._times += 1
         num_draft = step.num_tokens / step.num_requests - 1  # of each request, on average
         of_draft = float(np.interp(num_draft, np.arange(len(verify)), verify))
         self._verification.observe(plain * of_draft, step.seconds)
@@ -295,6 +302,7 @@ class ExitSelection:
     def finish(self, request_ids: Sequence[str]) -> None:
         """Forget requests that are gone."""
         self._table.forget(request_ids)
+        self._last = None
 
     def _told(
         self, num_requests: int
