@@ -157,6 +157,6 @@ def test_steps_are_recorded_once(one_rank: Decoded, two_ranks: Decoded) -> None:
     first, second = two_ranks.metrics
     assert first == wanted
     # Up to here a rank that drew otherwise would have drafted and accepted otherwise.
-    assert first["by_method"][0]["drafted"] > 10
+    assert first["by_method"][0]["drafted"] > 5
     assert first["by_method"][0]["accepted"] > 3
     assert second["by_method"] == []
