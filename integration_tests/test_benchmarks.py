@@ -83,6 +83,27 @@ def test_quick_run_measures_every_method_against_plain_decoding(
     assert compared.count("| early_exit auto del |") == 4
 
 
+@pytest.mark.slow
+def test_engines_take_turns_side_by_side(
+    engine_environment: dict[str, str], tmp_path: Path
+) -> None:
+    zoo.ensure("nano")
+    rows_file = tmp_path / "rows.jsonl"
+    said = run(
+        "self_speculation.py", "--quick", "--together", "--turn", "4", "--temperatures", "1",
+        "--batches", "1", "--methods", "early_exit 2 K=2$|auto del$", "--output", str(rows_file),
+        environment={**os.environ, **engine_environment},
+    )  # fmt: skip
+    assert "2 methods on 2 engines, 2 rows to measure" in said
+    first, second = (json.loads(line) for line in rows_file.read_text().splitlines())
+    assert [first["method"], second["method"]] == ["early_exit 2 K=2", "early_exit auto del"]
+    # Plain decoding between two turns is beside both: theirs alternate.
+    beside, after = first["plain_turns"], second["plain_turns"]
+    assert len(first["turns"]) == len(second["turns"]) == 2
+    assert [after[0], after[2]] == [beside[1], beside[3]]
+    assert after[1] == beside[2]
+
+
 def turn(tokens: int, seconds: float, of_plain: float) -> tuple[list[float], list[list[float]]]:
     """One turn, and the two of plain decoding beside it, which wrote 10 tokens each."""
     return [tokens, seconds], [[10, of_plain], [10, of_plain]]
