@@ -186,3 +186,18 @@ def test_fastest_counts_the_fastest() -> None:
     assert runs == [4, 4]
     assert seconds.shape == (2,)
     assert (seconds > 0).all()
+
+
+def test_a_machine_that_swings_does_not_tilt_the_line() -> None:
+    """Slow for a minute while drafts are long, fast while they are short, and the other way."""
+    generator = np.random.default_rng(0)
+    slopes = []
+    for seed in range(2):
+        line = CostLine()
+        for step in range(400):
+            swing = 1 + 0.3 * np.sin(step / 40)
+            likely = (0.3, 0.7) if np.sin(step / 40) > 0 else (0.7, 0.3)
+            x = float(generator.choice([1.0, 1.5], p=likely[:: 1 if seed else -1]))
+            line.observe(x, swing * (0.8 + 0.4 * x) * np.exp(0.05 * generator.standard_normal()))
+        slopes.append(line.slope)
+    assert slopes == pytest.approx([0.4, 0.4], abs=0.12)

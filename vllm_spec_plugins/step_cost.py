@@ -49,9 +49,12 @@ STEEPEST_VERIFICATION = 3.0
 class CostLine:
     """seconds = fixed + slope x: least squares over what was seen, older times counting less.
 
+    The slope is fitted to how times differ from those of the steps just before: a machine that is
+    faster in one minute than in another, for whatever x it has then, would tilt a line through all.
     The line is drawn towards the one through the origin, as if `_PRIOR_STEPS` steps, whose x
     differed by a tenth, had lain on that: steps that are all alike tell nothing about a slope.
-    A time far above the line (a compilation, a pause) counts as only half as much again as it.
+    A time far above the line and the last few (a compilation, a pause) counts as only half as
+    much again as they.
 
     Args:
         discount: Factor on the weight of everything seen at each new time.
@@ -61,14 +64,18 @@ class CostLine:
 
     _PRIOR_STEPS = 8.0
     _PRIOR_SPREAD = 0.1
-    #: Largest ratio of a time to the line's that is taken at face value.
+    #: Weight of each time in the mean of the last few.
+    _NEAR = 0.2
+    #: Largest ratio of a time to what was expected that is taken at face value.
     _OUTLIER = 1.5
 
     def __init__(self, discount: float = 0.99, steepest: float = 1.0) -> None:
         self._discount, self._steepest = discount, steepest
         self._weight = 0.0
-        # Discounted means and central second moments.
-        self._x = self._seconds = self._x_squared = self._x_seconds = 0.0
+        # Discounted means.
+        self._x = self._seconds = 0.0
+        # Means of the last few; discounted sums of squares and products of what differs from them.
+        self._near_x = self._near_seconds = self._x_squared = self._x_seconds = 0.0
         #: Both 0 until something was seen.
         self.fixed = self.slope = 0.0
 
@@ -82,20 +89,21 @@ class CostLine:
         if not (x > 0 and seconds > 0):
             return
         if self.is_known:
-            seconds = min(seconds, self._OUTLIER * float(self.at(np.float64(x))))
+            expected = max(float(self.at(np.float64(x))), self._near_seconds)
+            seconds = min(seconds, self._OUTLIER * expected)
+        off_x, off_seconds = x - self._near_x, seconds - self._near_seconds
+        if self.is_known:
+            self._x_squared = self._discount * self._x_squared + off_x**2
+            self._x_seconds = self._discount * self._x_seconds + off_x * off_seconds
+        near = self._NEAR if self.is_known else 1.0
+        self._near_x += near * off_x
+        self._near_seconds += near * off_seconds
         self._weight = self._weight * self._discount + 1
-        share = 1 / self._weight
-        # Centred updates: sums of squares would lose the small differences that matter.
-        off_x, off_seconds = x - self._x, seconds - self._seconds
-        self._x += share * off_x
-        self._seconds += share * off_seconds
-        keep = 1 - share
-        self._x_squared = keep * (self._x_squared + share * off_x**2)
-        self._x_seconds = keep * (self._x_seconds + share * off_x * off_seconds)
+        self._x += (x - self._x) / self._weight
+        self._seconds += (seconds - self._seconds) / self._weight
         through_origin = self._seconds / self._x
         prior = self._PRIOR_STEPS * (self._PRIOR_SPREAD * self._x) ** 2
-        slope = self._weight * self._x_seconds + prior * through_origin
-        slope /= self._weight * self._x_squared + prior
+        slope = (self._x_seconds + prior * through_origin) / (self._x_squared + prior)
         self.slope = min(max(slope, 0.0), self._steepest * through_origin)
         self.fixed = self._seconds - self.slope * self._x
 
