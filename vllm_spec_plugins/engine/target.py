@@ -79,7 +79,7 @@ class Target:
 
     @property
     def head_in_layers(self) -> float:
-        layer = sum(weights.numel() for weights in self._parts.layers[0].parameters())
+        layer = _num_weights(self._parts.layers[0])
         ranks = self._runner.parallel_config.tensor_parallel_size
         return self.head.vocab_size * self.head.hidden_size / (layer * ranks)
 
@@ -280,3 +280,14 @@ def _refuse_caches_unknown(module: nn.Module) -> None:
                 f"{part.kv_sharing_target_layer_name}; drafting with the target's own layers works "
                 "when each layer has its own. Use another proposer (`vllm-spec list`)."
             )
+
+
+def _num_weights(layer: nn.Module) -> int:
+    """Weights of this rank's part of a layer."""
+    count = 0
+    for module in layer.modules():
+        held = sum(weights.numel() for weights in module.parameters(recurse=False))
+        # On a CPU linear layers have given theirs away, packed: their shapes are left.
+        inputs = getattr(module, "input_size_per_partition", 0)
+        count += max(held, inputs * getattr(module, "output_size_per_partition", 0))
+    return count
