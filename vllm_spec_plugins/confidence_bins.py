@@ -11,6 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+#: Of confidences, equally wide.
+BINS = 16
+
 
 class ConfidenceBins:
     """Acceptance by confidence, over all requests.
@@ -20,13 +23,11 @@ class ConfidenceBins:
         discount: Factor on past evidence at each verification.
     """
 
-    _BINS = 16
-
     def __init__(self, prior_strength: float, discount: float = 0.999) -> None:
         self._prior_strength = prior_strength
         self._discount = discount
-        self._seen = np.zeros(self._BINS)
-        self._accepted = np.zeros(self._BINS)
+        self._seen = np.zeros(BINS)
+        self._accepted = np.zeros(BINS)
 
     def acceptance(
         self, confidences: NDArray[np.floating], fallback: NDArray[np.float64]
@@ -37,17 +38,19 @@ class ConfidenceBins:
             confidences: `[R]` in [0, 1].
             fallback: `[R]` what to believe where little was seen.
         """
-        bins = self._bins(confidences)
+        bins = bins_of(confidences)
         accepted = self._accepted[bins] + self._prior_strength * fallback
         return accepted / (self._seen[bins] + self._prior_strength)
 
     def observe(self, confidences: NDArray[np.floating], accepted: NDArray[np.bool_]) -> None:
         """Learn from `[M]` tokens the target was asked about: all up to the first rejection."""
-        bins = self._bins(confidences)
+        bins = bins_of(confidences)
         self._seen *= self._discount
         self._accepted *= self._discount
-        self._seen += np.bincount(bins, minlength=self._BINS)
-        self._accepted += np.bincount(bins[accepted], minlength=self._BINS)
+        self._seen += np.bincount(bins, minlength=BINS)
+        self._accepted += np.bincount(bins[accepted], minlength=BINS)
 
-    def _bins(self, confidences: NDArray[np.floating]) -> NDArray[np.int64]:
-        return np.minimum((confidences * self._BINS).astype(np.int64), self._BINS - 1)
+
+def bins_of(confidences: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The bin of each confidence in [0, 1]; same shape."""
+    return np.minimum((confidences * BINS).astype(np.int64), BINS - 1)

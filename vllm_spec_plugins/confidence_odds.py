@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .confidence_bins import BINS, bins_of
+
 
 class ConfidenceOdds:
     """Odds of acceptance over those foretold, by exit and confidence, over all requests.
@@ -23,17 +25,15 @@ class ConfidenceOdds:
         discount: Factor on past evidence at each observation.
     """
 
-    _BINS = 16
-
     def __init__(
         self, num_exits: int, prior_strength: float = 4.0, discount: float = 0.999
     ) -> None:
         self._prior_strength = prior_strength
         self._discount = discount
         #: `[3, E, B]` sums over tokens: all, the chances they had, the chances foretold.
-        self._sums = np.zeros((3, num_exits, self._BINS))
+        self._sums = np.zeros((3, num_exits, BINS))
         #: `[E, B]`.
-        self._ratios = np.ones((num_exits, self._BINS))
+        self._ratios = np.ones((num_exits, BINS))
 
     def ratio(self, exit_: int, confidences: NDArray[np.floating]) -> NDArray[np.float64]:
         """`[N]` what the odds of tokens are multiplied by; 1 where little was seen.
@@ -42,7 +42,7 @@ class ConfidenceOdds:
             exit_: Index of the exit they were drafted after.
             confidences: `[N]` in [0, 1].
         """
-        return self._ratios[exit_, self._bins(confidences)]
+        return self._ratios[exit_, bins_of(confidences)]
 
     def observe(
         self,
@@ -58,7 +58,7 @@ class ConfidenceOdds:
             foretold: `[N, E]` acceptance rate of its request and exit.
         """
         exits, bins = self._ratios.shape
-        where = (self._bins(confidences) + bins * np.arange(exits)).ravel()
+        where = (bins_of(confidences) + bins * np.arange(exits)).ravel()
         new = [
             np.bincount(where, weights=weights, minlength=exits * bins).reshape(exits, bins)
             for weights in (None, accepted.ravel(), foretold.ravel())
@@ -70,9 +70,6 @@ class ConfidenceOdds:
         prior = self._prior_strength * mean[:, None]
         count = seen + self._prior_strength
         self._ratios = odds((had + prior) / count) / odds((expected + prior) / count)
-
-    def _bins(self, confidences: NDArray[np.floating]) -> NDArray[np.int64]:
-        return np.minimum((confidences * self._BINS).astype(np.int64), self._BINS - 1)
 
 
 def odds(chance: NDArray[np.float64]) -> NDArray[np.float64]:
